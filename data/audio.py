@@ -1,0 +1,111 @@
+"""Audio files to float32 samples at 16 kHz, with every way a file can be bad turned into one BadAudio error."""
+
+from __future__ import annotations
+
+import numpy as np
+import soundfile
+import soxr
+
+from opd.types import Utterance
+
+SAMPLING_RATE = 16_000
+# A mel frame is a window of 400 samples (25 ms) around its centre with the signal mirrored at both ends, and 200
+# samples or fewer cannot be mirrored that far.
+MIN_SECONDS = 200 / SAMPLING_RATE
+# How far an `end_time` may lie behind the file's end: times in manifests are rounded.
+END_TOLERANCE_SECONDS = 0.1
+# TypeError is how soundfile asks for the format of a file that ends in .raw.
+_READ_ERRORS = (soundfile.SoundFileError, OSError, ValueError, TypeError)
+
+
+class BadAudio(ValueError):
+    """The audio of one utterance cannot be used. Has `utterance_id`, `path` and `reason`, and survives pickling."""
+
+    def __init__(self, utterance_id: str, path: str, reason: str) -> None:
+        super().__init__(utterance_id, path, reason)
+        self.utterance_id = utterance_id
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"audio of utterance {self.utterance_id!r} ({self.path}) {self.reason}"
+
+
+def load_audio(
+    utterance: Utterance, *, max_seconds: float | None = None, sampling_rate: int = SAMPLING_RATE
+) -> np.ndarray:
+    """Read the utterance's segment of its file as mono float32 [samples] at `sampling_rate` Hz; channels are averaged.
+
+    Raises BadAudio for a file that is missing, unreadable or empty, a segment outside the file, one that is too short
+    for a mel frame (12.5 ms) or longer than `max_seconds`, and samples that are not finite. Nothing is cut or repaired.
+    """
+    samples_SC, file_rate = _read_segment(utterance, max_seconds)
+    samples = samples_SC[:, 0] if samples_SC.shape[1] == 1 else samples_SC.mean(axis=1)
+    if not np.isfinite(samples).all():
+        raise _bad(utterance, "holds samples that are not finite: write the file again")
+    if file_rate != sampling_rate:
+        samples = soxr.resample(samples, file_rate, sampling_rate, quality="HQ")
+    if len(samples) <= MIN_SECONDS * sampling_rate:
+        seconds = len(samples) / sampling_rate
+        raise _bad(utterance, f"is too short ({seconds:.4f} s, needs more than {MIN_SECONDS} s): remove it")
+    return np.ascontiguousarray(samples, dtype=np.float32)
+
+
+def audio_seconds(utterance: Utterance) -> float:
+    """Length of the utterance's segment in seconds, from the file's header alone. Raises BadAudio."""
+    try:
+        with soundfile.SoundFile(utterance.audio) as file:
+            first, last = _bounds(utterance, file)
+            return (last - first) / file.samplerate
+    except _READ_ERRORS as error:
+        raise _as_bad(utterance, error) from error
+
+
+def _read_segment(utterance: Utterance, max_seconds: float | None) -> tuple[np.ndarray, int]:
+    """(float32 [samples, channels] at the file's own rate, that rate)."""
+    try:
+        with soundfile.SoundFile(utterance.audio) as file:
+            first, last = _bounds(utterance, file)
+            seconds = (last - first) / file.samplerate
+            if max_seconds is not None and seconds > max_seconds:  # asked of the header, before an hour is decoded
+                raise _bad(utterance, f"is too long ({seconds:.2f} s, at most {max_seconds:g} s): split or remove it")
+            if first > 0:
+                file.seek(first)
+            samples_SC = file.read(last - first, dtype="float32", always_2d=True)
+            if len(samples_SC) < last - first:
+                raise _bad(utterance, f"is cut short: {len(samples_SC)} of {last - first} samples: fetch it again")
+            return samples_SC, file.samplerate
+    except _READ_ERRORS as error:
+        raise _as_bad(utterance, error) from error
+
+
+def _bounds(utterance: Utterance, file: soundfile.SoundFile) -> tuple[int, int]:
+    """First sample of the segment and the one after its last."""
+    seconds = file.frames / file.samplerate
+    if file.frames == 0:
+        raise _bad(utterance, "is empty: remove it")
+    remedy = f"but the file has {seconds:.3f} s: correct the times"
+    if utterance.begin_time >= seconds:
+        raise _bad(utterance, f"begins at {utterance.begin_time:g} s, {remedy}")
+    if utterance.end_time > seconds + END_TOLERANCE_SECONDS:
+        raise _bad(utterance, f"ends at {utterance.end_time:g} s, {remedy}")
+    first = 0 if utterance.begin_time < 0 else round(utterance.begin_time * file.samplerate)
+    last = file.frames if utterance.end_time < 0 else round(utterance.end_time * file.samplerate)
+    return first, max(first, min(last, file.frames))
+
+
+def _bad(utterance: Utterance, reason: str) -> BadAudio:
+    return BadAudio(utterance.id, utterance.audio, reason)
+
+
+def _as_bad(utterance: Utterance, error: Exception) -> BadAudio:
+    if isinstance(error, BadAudio):
+        return error
+    reason = str(error)
+    try:
+        with open(utterance.audio, "rb") as file:  # libsndfile says "System error." for a file that is not there
+            if not file.read(1):
+                return _bad(utterance, "is empty: remove it")
+    except (OSError, ValueError) as open_error:
+        reason = getattr(open_error, "strerror", None) or str(open_error)
+    return _bad(utterance, f"cannot be read ({reason}): check the path and the file")

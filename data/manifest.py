@@ -1,0 +1,149 @@
+"""Manifests: JSON lines, one utterance a line, read strictly so that a bad line is named before training starts."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from opd.types import Utterance
+
+_KNOWN_FIELDS = frozenset({"id", "audio", "text", "language", "task", "begin_time", "end_time"})
+_UNSET_TIME = -1.0
+
+
+def read_manifest(
+    path: str | Path, *, require_text: bool = False, default_language: str | None = None
+) -> list[Utterance]:
+    """Read a JSONL manifest. Only `audio` is required; other fields than Utterance's are kept in `extra`.
+
+    A relative `audio` is resolved against the manifest's folder; the default `id` is the audio path as written, plus
+    the times. `begin_time` and `end_time` are seconds, -1 or absent for the start and the end. Blank lines are skipped.
+    Raises ValueError naming file and line for whatever is wrong.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ValueError(f"manifest {path} cannot be read ({error.strerror}): check the path") from error
+    utterances: list[Utterance] = []
+    line_of_id: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        utterance = _parse_line(line, f"{path}:{number}", path.absolute().parent, default_language)
+        if require_text and not (utterance.text and utterance.text.strip()):
+            raise ValueError(f"{path}:{number}: this set needs a transcript: give the line a non-empty `text`")
+        if utterance.id in line_of_id:
+            first = line_of_id[utterance.id]
+            raise ValueError(
+                f"{path}:{number}: id {utterance.id!r} is already used on line {first} ({path}:{first}): "
+                "remove one of the two lines or give them different `id`s"
+            )
+        line_of_id[utterance.id] = number
+        utterances.append(utterance)
+    if not utterances:
+        raise ValueError(f"manifest {path} has no utterances: write one JSON object per line")
+    return utterances
+
+
+def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> None:
+    """Write a manifest that `read_manifest` reads back as the same utterances, replacing `path` in one step.
+
+    Audio under the manifest's folder is written relative to it, so that the folder can be moved; a relative `audio` is
+    written unchanged and so counts from that folder. Raises ValueError where `extra` holds a field of Utterance itself.
+    """
+    path = Path(path)
+    lines = [json.dumps(_to_fields(utterance, path.absolute().parent), ensure_ascii=False) for utterance in utterances]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in lines)
+        umask = os.umask(0)  # mkstemp makes a private file; a manifest gets the usual mode
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _parse_line(line: bytes, where: str, folder: Path, default_language: str | None) -> Utterance:
+    """`where` is "file:line" for messages."""
+    try:
+        fields = json.loads(line.decode("utf-8-sig"))
+    except ValueError as error:  # bad JSON and bad UTF-8 alike
+        raise ValueError(f"{where}: not a JSON object in UTF-8 ({error}): each line is one {{...}}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where}: expected a JSON object, found {type(fields).__name__}: each line is one {{...}}")
+    audio = _string(fields, "audio", where)
+    if not audio:
+        raise ValueError(f"{where}: lacks `audio`: give the path of the sound file")
+    task = _string(fields, "task", where) or "asr"
+    if task.lower() != "asr":
+        raise ValueError(f"{where}: `task` is {task!r}, but only 'asr' is supported: remove the line or the field")
+    begin_time, end_time = _time(fields, "begin_time", where), _time(fields, "end_time", where)
+    if _UNSET_TIME not in (begin_time, end_time) and begin_time >= end_time:
+        raise ValueError(f"{where}: `begin_time` {begin_time} is not before `end_time` {end_time}: correct the times")
+    return Utterance(
+        id=_string(fields, "id", where) or _default_id(audio, begin_time, end_time),
+        audio=os.path.join(folder, audio),  # keeps an absolute path
+        text=_string(fields, "text", where),
+        language=_string(fields, "language", where) or default_language,
+        task="asr",
+        begin_time=begin_time,
+        end_time=end_time,
+        extra={key: value for key, value in fields.items() if key not in _KNOWN_FIELDS},
+    )
+
+
+def _string(fields: dict[str, Any], key: str, where: str) -> str | None:
+    value = fields.get(key)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{where}: `{key}` must be a string, found {json.dumps(value)}: put it in quotes")
+    return value
+
+
+def _time(fields: dict[str, Any], key: str, where: str) -> float:
+    value = fields.get(key)
+    if value is None:
+        return _UNSET_TIME
+    # bool is an int to Python, and json reads NaN and Infinity.
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
+    if not is_number or (value < 0 and value != _UNSET_TIME):
+        raise ValueError(f"{where}: `{key}` must be seconds from 0 on, or -1 for none, found {json.dumps(value)}")
+    return float(value)
+
+
+def _default_id(audio: str, begin_time: float, end_time: float) -> str:
+    """From the path as written, so that moving the folder keeps the ids."""
+    if begin_time == end_time == _UNSET_TIME:
+        return audio
+    begin = "" if begin_time == _UNSET_TIME else str(begin_time)
+    end = "" if end_time == _UNSET_TIME else str(end_time)
+    return f"{audio}@{begin}-{end}"
+
+
+def _to_fields(utterance: Utterance, folder: Path) -> dict[str, Any]:
+    clash = sorted(_KNOWN_FIELDS & utterance.extra.keys())
+    if clash:
+        raise ValueError(f"utterance {utterance.id!r}: `extra` may not hold {', '.join(clash)}: set the field itself")
+    audio = Path(utterance.audio)
+    fields: dict[str, Any] = {
+        "id": utterance.id,
+        "audio": str(audio.relative_to(folder)) if audio.is_relative_to(folder) else utterance.audio,
+        "text": utterance.text,
+        "task": utterance.task,
+        "language": utterance.language,
+    }
+    fields = {key: value for key, value in fields.items() if value is not None}
+    for key in ("begin_time", "end_time"):
+        value = getattr(utterance, key)
+        if not math.isclose(value, _UNSET_TIME):
+            fields[key] = value
+    return {**fields, **utterance.extra}

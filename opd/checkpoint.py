@@ -1,0 +1,397 @@
+"""The run directory: resolved config, complete checkpoints, metrics, summary; one driver at a time.
+
+    config.yaml  metrics.jsonl  summary.json  bad_audio.jsonl  export/  .lock
+    checkpoints/step-000500/{what the workers wrote, loop_state.json, COMPLETE}  checkpoints/{latest,best}.json
+
+A checkpoint is written beside its place and renamed when whole, so whatever is called `step-N` was whole once; the
+marker lists its files with their sizes, so that one damaged later is noticed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.yaml"
+LOCK_FILE = ".lock"
+MARKER = "COMPLETE"
+LOOP_STATE = "loop_state.json"
+_STEP_NAME = re.compile(r"step-(\d{6,})")
+
+
+def atomic_write_text(path: Path | str, text: str) -> None:
+    """Writes a UTF-8 file so that a reader, or a crash, sees the old text or the new one and nothing between."""
+    path = Path(path)
+    temp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with open(temp, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temp, path)
+    _fsync(path.parent)
+
+
+class RunDir:
+    """Everything that one run leaves on disk. Made by `RunDir.open`; holds the run's lock until `close`.
+
+    Steps are counts of finished optimizer steps: checkpoint 500 is the state after step 500.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], keep_last: int, lock_fd: int | None) -> None:
+        assert keep_last >= 1, "the newest checkpoint is always kept"
+        self.path = path
+        self.config = config
+        self.keep_last = keep_last
+        self.checkpoints_dir = path / "checkpoints"
+        self._best_path = self.checkpoints_dir / "best.json"
+        self.metrics_path = path / "metrics.jsonl"
+        self.summary_path = path / "summary.json"
+        self.bad_audio_path = path / "bad_audio.jsonl"
+        self.export_dir = path / "export"
+        self._lock_fd = lock_fd
+        self._pending: dict[int, Path] = {}
+        self._reported: set[str] = set()
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        config: dict[str, Any],
+        resume: str = "auto",
+        frozen_keys: list[str] | None = None,
+        in_ray_job: bool = False,
+    ) -> RunDir:
+        """Makes or reopens a run directory, takes its lock and saves the resolved config there.
+
+        config is plain and nested (`Config.to_dict()`); its `checkpoint.keep_last` says how many of the newest
+        checkpoints are kept, beside the best by evaluation. frozen_keys are dotted keys or whole sections that may not
+        differ from the saved config once there is a checkpoint to resume.
+
+        Raises ValueError for a relative path inside a Ray job, a path that cannot be written, a directory that is
+        not a run directory or belongs to another recipe, a run that another driver is writing, checkpoints in the way
+        of resume=never, and changed frozen keys under resume=auto.
+        """
+        if resume not in ("auto", "never"):
+            raise ValueError(f"resume={resume}: use auto (continue where there is a checkpoint) or never")
+        path = Path(path).expanduser()
+        if in_ray_job and not path.is_absolute():
+            raise ValueError(
+                f"run_dir={path}: a relative run_dir inside a Ray job would be lost with the job's temporary working "
+                "directory; give an absolute path on storage that outlives the job"
+            )
+        path = path.absolute()
+        lock_fd = _make_and_lock(path)
+        try:
+            run = cls(path, config, config.get("checkpoint", {}).get("keep_last", 2), lock_fd)
+            run._check_saved_config(resume, frozen_keys or [])
+            run._write(CONFIG_FILE, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+            run._remove_leftovers()
+            run._point_latest(run.latest())
+        except OSError as error:
+            os.close(lock_fd)
+            raise _not_writable(path, error) from error
+        except BaseException:
+            os.close(lock_fd)
+            raise
+        return run
+
+    def close(self) -> None:
+        """Gives the lock back. The operating system does the same when the driver dies."""
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+    # -- saving
+
+    def begin_save(self, step: int) -> Path:
+        """An empty directory for the workers to write checkpoint `step` into; nothing counts before `commit_save`.
+
+        Its name is new each time: a worker that outlived a killed driver cannot write into a later save.
+        """
+        self._remove_leftovers()
+        temp = self.checkpoints_dir / f".tmp-{_step_name(step)}-{secrets.token_hex(4)}"
+        temp.mkdir(parents=True)
+        self._pending[step] = temp
+        return temp
+
+    def commit_save(self, step: int, loop_state: dict[str, Any]) -> Path:
+        """Completes the checkpoint begun by `begin_save`: loop_state.json, marker, rename, `latest`, retention.
+
+        loop_state is JSON-able. Raises OSError (a full disk, say) with the earlier checkpoints untouched.
+        """
+        assert step in self._pending, f"commit_save({step}) without begin_save({step})"
+        temp, target = self._pending[step], self.checkpoint_path(step)
+        (temp / LOOP_STATE).write_text(json.dumps(loop_state), encoding="utf-8")
+        files = {str(file.relative_to(temp)): file.stat().st_size for file in _files_below(temp)}
+        # The data must be on disk before the marker that vouches for it, and the marker before the name.
+        for file in [*_files_below(temp), *(entry for entry in temp.rglob("*") if entry.is_dir())]:
+            _fsync(file)
+        atomic_write_text(temp / MARKER, json.dumps({"step": step, "files": files}, indent=1, sort_keys=True))
+        if target.exists():  # a damaged checkpoint, or one of an earlier, longer run
+            os.rename(target, self.checkpoints_dir / f".old-{target.name}-{secrets.token_hex(4)}")
+        os.rename(temp, target)
+        _fsync(self.checkpoints_dir)
+        del self._pending[step]
+        self._point_latest(step)
+        self._apply_retention()
+        return target
+
+    def record_eval(self, step: int, wer: float) -> bool:
+        """Notes the WER (a fraction) after `step` in best.json and says whether it is the best so far.
+
+        Call it before `commit_save(step)`. Steps at or beyond `step` that were noted earlier belong to a part of the
+        run that was lost in a crash, and are forgotten. A WER that is not finite is never the best.
+        """
+        evals = {earlier: value for earlier, value in self._evals().items() if earlier < step}
+        is_best = math.isfinite(wer) and all(wer < value for value in evals.values())
+        if math.isfinite(wer):
+            evals[step] = wer
+        best_step = min(evals, key=lambda candidate: (evals[candidate], candidate), default=None)
+        best = {"step": best_step, "wer": None if best_step is None else evals[best_step]}
+        self.checkpoints_dir.mkdir(exist_ok=True)
+        atomic_write_text(self._best_path, json.dumps({**best, "evals": sorted(evals.items())}) + "\n")
+        return is_best
+
+    # -- reading, and the other files
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint, None without one. Damaged ones are skipped with a warning."""
+        return max(self._complete_steps(), default=None)
+
+    def best(self) -> tuple[int, float] | None:
+        """(step, wer) of the complete checkpoint with the lowest evaluation WER, the earliest of equals, or None."""
+        evals = self._evals()
+        saved = [(evals[step], step) for step in self._complete_steps() if step in evals]
+        if not saved:
+            return None
+        wer, step = min(saved)
+        return step, wer
+
+    def checkpoint_path(self, step: int) -> Path:
+        return self.checkpoints_dir / _step_name(step)
+
+    def load_loop_state(self, step: int) -> dict[str, Any]:
+        """What `commit_save` was given. Raises ValueError where checkpoint `step` is not there or damaged."""
+        path = self.checkpoint_path(step)
+        damage = _damage(path)
+        if damage:
+            raise ValueError(f"{path}: checkpoint {step} cannot be loaded: {damage}")
+        return json.loads((path / LOOP_STATE).read_text(encoding="utf-8"))
+
+    def truncate_metrics(self, step: int | None) -> None:
+        """Drops the lines of metrics.jsonl beyond `step`; all lines for 0 or None (nothing to resume).
+
+        After it a resumed run's file continues like an unbroken run's. Broken lines (a crash in mid-write) go too.
+        Call it before the file is opened for writing.
+        """
+        if not self.metrics_path.exists():
+            return
+        lines = self.metrics_path.read_text(encoding="utf-8", errors="replace").split("\n")
+        # A fresh start evaluates before its first step again, so step 0 is not kept for it.
+        kept = [line for line in lines if step and (at := _line_step(line)) is not None and at <= step]
+        self._write("metrics.jsonl", "".join(line + "\n" for line in kept))
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        self._write("summary.json", json.dumps(summary, indent=2) + "\n")
+
+    # -- inside
+
+    def _write(self, name: str, text: str) -> None:
+        atomic_write_text(self.path / name, text)
+
+    def _evals(self) -> dict[int, float]:
+        if not self._best_path.exists():
+            return {}
+        return dict(json.loads(self._best_path.read_text(encoding="utf-8"))["evals"])
+
+    def _saved_steps(self) -> list[int]:
+        matches = (_STEP_NAME.fullmatch(entry.name) for entry in self.checkpoints_dir.glob("step-*"))
+        return sorted(int(match[1]) for match in matches if match)
+
+    def _complete_steps(self) -> list[int]:
+        complete = []
+        for step in self._saved_steps():
+            path = self.checkpoint_path(step)
+            damage = _damage(path)
+            if damage is None:
+                complete.append(step)
+            elif path.name not in self._reported:
+                self._reported.add(path.name)
+                logger.warning("%s: checkpoint skipped, it is damaged: %s", path, damage)
+        return complete
+
+    def _check_saved_config(self, resume: str, frozen_keys: list[str]) -> None:
+        config_path = self.path / CONFIG_FILE
+        if not config_path.exists():
+            return
+        saved = _load_config(config_path)
+        now = yaml.safe_load(yaml.safe_dump(self.config))  # tuples and the like, as they come back from a file
+        if saved.get("recipe") != now.get("recipe"):
+            raise ValueError(
+                f"run_dir={self.path}: this run belongs to recipe {saved.get('recipe')!r}, not to "
+                f"{now.get('recipe')!r}; choose another run_dir"
+            )
+        steps = self._saved_steps()
+        if not steps:
+            return
+        if resume == "never":
+            raise ValueError(
+                f"run_dir={self.path}: resume=never, but there are checkpoints (the newest is step {steps[-1]}); "
+                "choose another run_dir, or continue with resume=auto"
+            )
+        changes = _changes(saved, now, frozen_keys)
+        if changes:
+            raise ValueError(
+                f"run_dir={self.path}: this run cannot be resumed with a changed configuration: {'; '.join(changes)}; "
+                "restore these values or choose another run_dir"
+            )
+
+    def _remove_leftovers(self) -> None:
+        for pattern in (".tmp-step-*", ".old-step-*"):
+            for leftover in self.checkpoints_dir.glob(pattern):
+                shutil.rmtree(leftover, ignore_errors=True)
+        self._pending.clear()
+
+    def _point_latest(self, step: int | None) -> None:
+        pointer = self.checkpoints_dir / "latest.json"
+        if step is not None:
+            atomic_write_text(pointer, json.dumps({"step": step, "path": _step_name(step)}) + "\n")
+        else:
+            pointer.unlink(missing_ok=True)
+
+    def _apply_retention(self) -> None:
+        steps = self._complete_steps()
+        kept = set(steps[-self.keep_last :])
+        best = self.best()
+        if best is not None:
+            kept.add(best[0])
+        for step in set(steps) - kept:
+            # Renamed first: a crash in mid-removal leaves a leftover, not a damaged checkpoint.
+            doomed = self.checkpoints_dir / f".old-{_step_name(step)}-{secrets.token_hex(4)}"
+            os.rename(self.checkpoint_path(step), doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _make_and_lock(path: Path) -> int:
+    """Makes the directory and takes the lock; the descriptor that holds it. Raises ValueError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        ours = (path / CONFIG_FILE).exists()
+        # A driver killed before it could write config.yaml leaves these two.
+        foreign = [
+            entry.name
+            for entry in path.iterdir()
+            if entry.name != LOCK_FILE and not entry.name.startswith(f".{CONFIG_FILE}.tmp-")
+        ]
+        if foreign and not ours:
+            raise ValueError(
+                f"run_dir={path}: the directory is not empty and is no run directory (it holds {min(foreign)} but no "
+                f"{CONFIG_FILE}); choose an empty or new directory"
+            )
+        lock_fd = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise _not_writable(path, error) from error
+    try:
+        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.pread(lock_fd, 200, 0).decode(errors="replace").strip() or "unknown"
+        os.close(lock_fd)
+        raise ValueError(
+            f"run_dir={path}: another driver ({holder}) is writing this run; end it first, or choose another run_dir"
+        ) from error
+    except OSError as error:  # some network file systems know no locks
+        logger.warning("%s: no lock on this file system (%s); do not start two drivers here", path, error.strerror)
+    os.ftruncate(lock_fd, 0)
+    os.pwrite(lock_fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return lock_fd
+
+
+def _not_writable(path: Path, error: OSError) -> ValueError:
+    return ValueError(f"run_dir={path}: it cannot be made or written ({error.strerror}); choose a writable place")
+
+
+def _load_config(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: the saved config cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: the saved config is not a mapping of keys to values; choose another run_dir")
+    return config
+
+
+def _changes(saved: dict[str, Any], now: dict[str, Any], frozen_keys: list[str]) -> list[str]:
+    """`key was old, is now new` for every leaf below the frozen keys that differs."""
+    changes = []
+    for frozen in frozen_keys:
+        old, new = _leaves(saved, frozen), _leaves(now, frozen)
+        for leaf in sorted(old.keys() | new.keys()):
+            before, after = old.get(leaf, "(absent)"), new.get(leaf, "(absent)")
+            if before != after:
+                changes.append(f"{leaf} was {before}, is now {after}")
+    return changes
+
+
+def _leaves(config: dict[str, Any], dotted: str) -> dict[str, Any]:
+    value: Any = config
+    for part in dotted.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return {}
+        value = value[part]
+    if not isinstance(value, dict):
+        return {dotted: value}
+    return {leaf: item for name in value for leaf, item in _leaves(config, f"{dotted}.{name}").items()}
+
+
+def _step_name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def _files_below(directory: Path) -> list[Path]:
+    return sorted(entry for entry in directory.rglob("*") if entry.is_file())
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint directory, or None where it is complete."""
+    try:
+        files = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        return f"no {MARKER} marker"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"the {MARKER} marker cannot be read"
+    for name, size in files.items():
+        try:
+            actual = (checkpoint / name).stat().st_size
+        except OSError:
+            return f"{name} is missing"
+        if actual != size:
+            return f"{name} has {actual} bytes instead of {size}"
+    return None
+
+
+def _line_step(line: str) -> int | None:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,466 @@
+"""The whole configuration: frozen dataclasses, one line of meaning per key, recipes and dotted overrides.
+
+`load_config(["recipe=tiny", "optim.lr=1e-4"])` reads recipes/tiny.yaml, applies the overrides, refuses unknown keys
+(naming the nearest one) and wrong values, and returns a `Config`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+RECIPES_DIR = PROJECT_ROOT / "recipes"
+SYNTHETIC_PREFIX = "synthetic:"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def key(default: Any, meaning: str) -> Any:
+    """A config key: its default and the one line that `print_config=true` shows."""
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata={"meaning": meaning})
+    return field(default=default, metadata={"meaning": meaning})
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    path: str | None = key(None, "arkasr folder or Hub id to start from; null with `init` for a fresh model")
+    init: dict[str, Any] = key({}, "sizes of a fresh, randomly initialised model (see recipes/tiny_teacher.yaml)")
+    dtype: str = key("float32", "compute type: float32 | bfloat16; weights and optimizer state stay float32")
+    attn_implementation: str = key("sdpa", "attention: sdpa | eager | flash_attention_2")
+    freeze: list[str] = key([], "parts that are not trained: any of encoder, adapter, decoder")
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    kind: str = key("arkasr", "what the teacher is: arkasr | qwen3_asr (recipes load, but this version cannot run it yet)")
+    path: str | None = key(None, "folder or Hub id of the teacher; not used by stage sft")
+    dtype: str = key("float32", "the teacher's weights and compute: float32 | bfloat16 | float16")
+    attn_implementation: str = key("sdpa", "attention: sdpa | eager | flash_attention_2")
+    min_coverage: float = key(0.9, "smallest share of response positions that must map into the teacher's vocabulary")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train_manifest: str = key("???", "JSONL manifest, or synthetic:NAME for a set of synthetic digit strings")
+    eval_manifests: dict[str, str] = key({}, "name -> manifest of each evaluation set (references needed)")
+    default_language: str | None = key(None, "language of lines that carry none")
+    max_seconds: float = key(30.0, "longest audio; longer is bad audio, never cut silently")
+    on_bad_audio: str = key("stop", "unreadable, too short or too long audio: stop | skip")
+    max_bad_share: float = key(0.02, "with skip: the run stops when more than this share of the utterances seen is bad")
+    sorted_epochs: int = key(0, "first epochs that run through the utterances from short to long")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    temperature: float = key(0.0, "0 = greedy; above 0 the student samples at this temperature")
+    max_new_tokens: int = key(256, "length limit of a response; one cut here has no EOS position")
+    max_repeats: int = key(8, "an n-gram repeated more often than this in a row is a loop")
+    train_on_loops: bool = key(False, "false: positions from the start of a loop on are left out of the loss")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    kind: str = key("forward_kl", "forward_kl | reverse_kl | jsd | sampled_kl | full_kl")
+    top_k: int = key(32, "K, the ids that student and teacher each bring to the support")
+    support: str = key("union", "ids the divergence runs over: union | student | teacher")
+    temperature: float = key(1.0, "divides the logits of both sides before normalising")
+    beta: float = key(0.5, "jsd: weight of the teacher in the mixture")
+    renormalize: bool = key(False, "true: the paper's form, softmax over the support and no tail bucket")
+    max_importance: float = key(5.0, "sampled_kl: cap of the importance weight of a stale rollout")
+    chunk_size: int = key(256, "positions whose float32 log-probabilities are held at a time")
+    ctc_weight: float = key(0.0, "stage sft: weight of the CTC aid on the encoder (a head that is not exported)")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = key(1e-5, "peak learning rate")
+    betas: list[float] = key([0.9, 0.98], "AdamW betas")
+    eps: float = key(1e-8, "AdamW epsilon")
+    weight_decay: float = key(0.01, "on matrices only; norms and biases never decay")
+    max_grad_norm: float = key(1.0, "gradient norm is clipped to this; 0 = no clipping")
+    lr_schedule: str = key("cosine", "cosine | constant, after the warm-up")
+    warmup_steps: int = key(100, "steps of linear warm-up")
+    min_lr_ratio: float = key(0.05, "cosine: final learning rate as a share of the peak")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    num_steps: int = key(1000, "optimizer steps")
+    batch_size: int = key(32, "utterances of a step over all ranks (the global batch)")
+    micro_batch_size: int = key(8, "utterances of one forward and backward on one rank")
+    log_every: int = key(10, "steps between progress lines on a plain terminal")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    checkpoint_every: int = key(100, "steps between checkpoints; the last step is always saved")
+    keep_last: int = key(2, "newest checkpoints kept, beside the best by evaluation")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    eval_every: int = key(0, "steps between evaluations; 0 = before the first and after the last step only")
+    batch_size: int = key(64, "utterances decoded together on one rank")
+    max_utterances: int = key(0, "first utterances of each set that are used; 0 = all")
+    num_samples: int = key(8, "transcripts shown per evaluation")
+    best_by: str = key("", "set whose WER picks the best checkpoint and stops early; empty = the first set")
+    patience: int = key(0, "evaluations without a better WER before the run stops early; 0 = never")
+    teacher: bool = key(True, "stage opd: also transcribe the sets with the teacher, once")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    dtype: str = key("bfloat16", "type of the exported weights: float32 | bfloat16 | float16")
+    code: bool = key(True, "put the arkasr remote code into the export")
+    push_to: str | None = key(None, "Hub repository the export is pushed to (needs a token in the environment)")
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    mode: str = key("online", "online | offline | disabled; online without an API key falls back to offline")
+    project: str = key("open-asr-opd", "W&B project")
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    num_nodes: int = key(1, "nodes the student is spread over")
+    ranks_per_node: int = key(2, "student ranks (processes) on each node; one per GPU on a GPU host")
+    use_gpu: bool = key(False, "true: student ranks and teacher workers run on GPUs, with NCCL between ranks")
+    gpus_per_rank: float = key(1.0, "GPUs of a student rank where use_gpu is true; fractions leave room for a teacher")
+    cpus_per_rank: float = key(0.5, "CPUs that Ray sets aside for a student rank; fractions are fine")
+    threads_per_rank: int = key(1, "torch threads of a student rank")
+    num_teachers: int = key(1, "teacher workers")
+    cpus_per_teacher: float = key(0.5, "CPUs that Ray sets aside for a teacher worker; fractions are fine")
+    gpus_per_teacher: float = key(1.0, "GPUs of a teacher worker where use_gpu is true; fractions share one")
+    threads_per_teacher: int = key(2, "torch threads of a teacher worker")
+    placement_timeout_s: float = key(60.0, "longest wait for Ray to place the workers, seconds")
+    start_timeout_s: float = key(600.0, "longest wait for a worker to load its model, seconds")
+    call_timeout_s: float = key(1800.0, "longest wait for one call to the workers, seconds")
+    collective_timeout_s: float = key(600.0, "longest wait for one collective between ranks, seconds")
+
+
+@dataclass(frozen=True)
+class Config:
+    recipe: str = key("???", "name of a file in recipes/, or a path to a .yaml")
+    stage: str = key("opd", "sft (references) | opd (on-policy distillation)")
+    stages: list[str] = key([], "a ladder of stages; empty or one stage for now")
+    engine: str = key("fsdp2", "how the student is trained: fsdp2")
+    run_dir: str | None = key(None, "where everything of this run goes; default runs/<recipe>-<time>")
+    resume: str = key("auto", "auto: go on from the newest complete checkpoint | never")
+    seed: int = key(0, "seed of everything random")
+    schedule: str = key("sync", "rollout, score and update follow each other: sync")
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    @property
+    def recipe_name(self) -> str:
+        return Path(self.recipe).stem
+
+    @property
+    def num_ranks(self) -> int:
+        return self.cluster.num_nodes * self.cluster.ranks_per_node
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dictionary, the form that is saved in the run directory."""
+        return dataclasses.asdict(self)
+
+    def best_eval_set(self) -> str | None:
+        return self.eval.best_by or next(iter(self.data.eval_manifests), None)
+
+
+# What may not change between a run and its continuation: everything that shapes the weights. Where the run is written,
+# how it is watched and how long it goes on may change.
+FROZEN_KEYS = [
+    "recipe", "stage", "seed", "engine", "student", "teacher.kind", "teacher.path", "data.train_manifest",
+    "data.sorted_epochs", "rollout", "loss", "optim", "train.batch_size", "train.micro_batch_size", "train.num_steps",
+    "cluster.num_nodes", "cluster.ranks_per_node",
+]  # fmt: skip
+
+
+def load_config(argv: list[str]) -> Config:
+    """Recipe file + `section.key=value` overrides -> Config.
+
+    Raises ValueError with one line that names the key, where it stands and how to mend it.
+    """
+    overrides = _parse_overrides(argv)
+    if "recipe" not in overrides:
+        raise ValueError(f"no recipe given: add recipe=NAME, one of {', '.join(list_recipes())}")
+    recipe_path = find_recipe(str(overrides["recipe"]))
+    values = _read_recipe(recipe_path)
+    values.pop("recipe", None)
+    _check_keys(values, Config, where=str(recipe_path))
+    for dotted, value in overrides.items():
+        _check_dotted(dotted)
+        _set_dotted(values, dotted, value)
+    config = _build(values)
+    validate(config)
+    return config
+
+
+def config_from_dict(values: dict[str, Any]) -> Config:
+    """The Config of a dictionary made by `Config.to_dict` (workers get their config this way)."""
+    return _build(values)
+
+
+def list_recipes() -> list[str]:
+    return sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
+
+
+def find_recipe(name: str) -> Path:
+    """Path of a recipe given by name or by path. Raises ValueError with the list of recipes."""
+    if name.endswith((".yaml", ".yml")):
+        if Path(name).is_file():
+            return Path(name)
+        raise ValueError(f"recipe={name}: there is no such file; recipes by name: {', '.join(list_recipes())}")
+    path = RECIPES_DIR / f"{name}.yaml"
+    if not path.is_file():
+        raise ValueError(f"recipe={name}: unknown recipe; there are {', '.join(list_recipes())}")
+    return path
+
+
+def resolve_path(path: str) -> str:
+    """A path from a recipe: as it is, else relative to the project; a Hub id is handed back unchanged."""
+    candidate = Path(path).expanduser()
+    if candidate.exists():
+        return str(candidate.resolve())
+    if not candidate.is_absolute() and (PROJECT_ROOT / candidate).exists():
+        return str((PROJECT_ROOT / candidate).resolve())
+    return path
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: the recipe cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: a recipe is a mapping of keys to values")
+    return values
+
+
+def _parse_overrides(argv: list[str]) -> dict[str, Any]:
+    overrides: dict[str, Any] = {}
+    for argument in argv:
+        dotted, equals, text = argument.partition("=")
+        if not equals or not dotted:
+            raise ValueError(f"argument {argument!r}: write it as section.key=value")
+        try:
+            value = yaml.safe_load(text) if text else ""
+        except yaml.YAMLError as error:
+            raise ValueError(f"argument {argument!r}: the value cannot be read: {' '.join(str(error).split())}") from error
+        overrides[dotted.lstrip("-")] = _number(value)
+    return overrides
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 as text; here it is a number."""
+    if isinstance(value, str):
+        try:
+            return float(value) if any(c in value for c in "eE") and value[0] in "+-.0123456789" else value
+        except (ValueError, IndexError):
+            return value
+    return value
+
+
+def _section_of(cls: type, name: str) -> type | None:
+    section = {f.name: f for f in dataclasses.fields(cls)}[name]
+    factory = section.default_factory
+    return factory if factory is not MISSING and dataclasses.is_dataclass(factory) else None  # type: ignore[return-value]
+
+
+def _unknown(name: str, known: list[str], where: str, prefix: str = "") -> ValueError:
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    hint = f"; did you mean {prefix}{nearest[0]}?" if nearest else ""
+    return ValueError(f"{where}: unknown key {prefix}{name}{hint}")
+
+
+def _check_keys(values: dict[str, Any], cls: type, where: str, prefix: str = "") -> None:
+    known = [f.name for f in dataclasses.fields(cls)]
+    for name, value in values.items():
+        if name not in known:
+            raise _unknown(str(name), known, where, prefix)
+        section = _section_of(cls, name)
+        if section is not None:
+            if not isinstance(value, dict):
+                raise ValueError(f"{where}: {prefix}{name} is a section; write its keys below it")
+            _check_keys(value, section, where, f"{prefix}{name}.")
+
+
+def _all_keys() -> list[str]:
+    keys = []
+    for f in dataclasses.fields(Config):
+        section = _section_of(Config, f.name)
+        keys += [f"{f.name}.{g.name}" for g in dataclasses.fields(section)] if section else [f.name]
+    return keys
+
+
+def _check_dotted(dotted: str) -> None:
+    parts = dotted.split(".")
+    known = [f.name for f in dataclasses.fields(Config)]
+    if parts[0] not in known:
+        raise _unknown(dotted, _all_keys(), "command line")
+    section = _section_of(Config, parts[0])
+    if section is None:
+        if len(parts) > 1:
+            raise ValueError(f"command line: {parts[0]} has no keys below it; write {parts[0]}=value")
+        return
+    if len(parts) == 1:
+        raise ValueError(f"command line: {dotted} is a section; write {dotted}.key=value")
+    names = {f.name: f for f in dataclasses.fields(section)}
+    if parts[1] not in names:
+        raise _unknown(dotted, _all_keys(), "command line")
+    if len(parts) > 2 and not str(names[parts[1]].type).startswith("dict"):
+        raise ValueError(f"command line: {'.'.join(parts[:2])} has no keys below it; write {'.'.join(parts[:2])}=value")
+
+
+def _set_dotted(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *path, last = dotted.split(".")
+    for part in path:
+        values = values.setdefault(part, {})
+    values[last] = value
+
+
+def _numbers_below(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {name: _numbers_below(value) for name, value in values.items()}
+    return _number(values)
+
+
+def _build(values: dict[str, Any]) -> Config:
+    base = OmegaConf.structured(Config)
+    OmegaConf.set_readonly(base, False)
+    for name in base:
+        if OmegaConf.is_config(base._get_node(name)):  # type: ignore[union-attr]
+            OmegaConf.set_readonly(base._get_node(name), False)  # type: ignore[arg-type]
+    try:
+        merged = OmegaConf.merge(base, OmegaConf.create(_numbers_below(values)))
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        message = str(error).split("\n")[0]
+        where = getattr(error, "full_key", None) or ""
+        raise ValueError(f"config key {where}: {message}") from error
+    assert isinstance(config, Config), "OmegaConf hands back the structured type"
+    return config
+
+
+_CHOICES = {
+    "stage": ("sft", "opd"), "engine": ("fsdp2",), "resume": ("auto", "never"), "schedule": ("sync",),
+    "student.dtype": DTYPES[:2], "teacher.kind": ("arkasr", "qwen3_asr"), "teacher.dtype": DTYPES, "export.dtype": DTYPES,
+    "data.on_bad_audio": ("stop", "skip"), "loss.support": ("union", "student", "teacher"),
+    "loss.kind": ("forward_kl", "reverse_kl", "jsd", "sampled_kl", "full_kl"),
+    "optim.lr_schedule": ("cosine", "constant"), "wandb.mode": ("online", "offline", "disabled"),
+    "student.attn_implementation": ("sdpa", "eager", "flash_attention_2"),
+    "teacher.attn_implementation": ("sdpa", "eager", "flash_attention_2"),
+}  # fmt: skip
+_POSITIVE = (
+    "data.max_seconds", "rollout.max_new_tokens", "rollout.max_repeats", "loss.top_k", "loss.temperature",
+    "loss.chunk_size", "optim.lr", "optim.eps", "train.num_steps", "train.batch_size", "train.micro_batch_size",
+    "train.log_every", "checkpoint.checkpoint_every", "checkpoint.keep_last", "eval.batch_size", "cluster.num_nodes",
+    "cluster.ranks_per_node", "cluster.num_teachers", "cluster.gpus_per_rank", "cluster.threads_per_rank", "cluster.threads_per_teacher",
+    "cluster.placement_timeout_s", "cluster.start_timeout_s", "cluster.call_timeout_s", "cluster.collective_timeout_s",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "rollout.temperature", "loss.ctc_weight", "optim.weight_decay", "optim.max_grad_norm", "optim.warmup_steps",
+    "eval.eval_every", "eval.max_utterances", "eval.num_samples", "eval.patience", "data.sorted_epochs",
+    "cluster.cpus_per_rank", "cluster.cpus_per_teacher", "cluster.gpus_per_teacher", "seed",
+)  # fmt: skip
+_SHARES = ("teacher.min_coverage", "data.max_bad_share", "loss.beta", "optim.min_lr_ratio")
+
+
+def _get(config: Config, dotted: str) -> Any:
+    value: Any = config
+    for part in dotted.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def validate(config: Config) -> None:
+    """Raises ValueError for values that cannot be run, before anything is started."""
+    for dotted, choices in _CHOICES.items():
+        if _get(config, dotted) not in choices:
+            raise ValueError(f"{dotted}={_get(config, dotted)}: must be one of {', '.join(choices)}")
+    for dotted in _POSITIVE:
+        if not _get(config, dotted) > 0:
+            raise ValueError(f"{dotted}={_get(config, dotted)}: must be above 0")
+    for dotted in _NOT_NEGATIVE:
+        if not _get(config, dotted) >= 0:
+            raise ValueError(f"{dotted}={_get(config, dotted)}: must not be negative")
+    for dotted in _SHARES:
+        if not 0 <= _get(config, dotted) <= 1:
+            raise ValueError(f"{dotted}={_get(config, dotted)}: must be between 0 and 1")
+    _validate_parts(config)
+    _validate_division(config)
+
+
+def _validate_parts(config: Config) -> None:
+    if len(config.stages) > 1 or (config.stages and config.stages != [config.stage]):
+        raise ValueError(f"stages={config.stages}: run one stage at a time with stage=sft or stage=opd")
+    unknown = set(config.student.freeze) - {"encoder", "adapter", "decoder"}
+    if unknown:
+        raise ValueError(f"student.freeze={config.student.freeze}: parts are encoder, adapter, decoder")
+    if len(config.student.freeze) == 3:
+        raise ValueError("student.freeze: encoder, adapter and decoder are all frozen, nothing is left to train")
+    if (config.student.path is None) == (not config.student.init):
+        raise ValueError("student: give either student.path (a model to start from) or student.init (sizes of a new one)")
+    if config.stage == "opd" and not config.teacher.path:
+        raise ValueError("teacher.path is missing: stage opd needs a teacher")
+    if config.stage == "opd" and config.loss.kind == "sampled_kl" and config.rollout.temperature == 0:
+        raise ValueError("loss.kind=sampled_kl needs sampled rollouts: set rollout.temperature above 0")
+    if config.stage == "opd" and config.loss.ctc_weight > 0:
+        raise ValueError("loss.ctc_weight: the CTC aid belongs to stage sft; set it to 0")
+    if len(config.optim.betas) != 2 or not all(0 <= beta < 1 for beta in config.optim.betas):
+        raise ValueError(f"optim.betas={config.optim.betas}: two numbers from 0 to below 1")
+    if config.eval.best_by and config.eval.best_by not in config.data.eval_manifests:
+        raise ValueError(f"eval.best_by={config.eval.best_by}: not in data.eval_manifests")
+
+
+def _validate_division(config: Config) -> None:
+    batch, ranks, micro = config.train.batch_size, config.num_ranks, config.train.micro_batch_size
+    if batch % ranks:
+        nearest = max(ranks, batch // ranks * ranks)
+        raise ValueError(
+            f"train.batch_size={batch} does not divide over {ranks} ranks "
+            f"(cluster.num_nodes x cluster.ranks_per_node): set train.batch_size={nearest}"
+        )
+    if (batch // ranks) % micro:
+        fitting = max(m for m in range(1, micro + 1) if (batch // ranks) % m == 0)
+        raise ValueError(
+            f"train.micro_batch_size={micro} does not divide the {batch // ranks} utterances of a rank: "
+            f"set train.micro_batch_size={fitting}"
+        )
+
+
+def describe(config: Config) -> str:
+    """The resolved config as YAML, each key with its one-line meaning."""
+    lines = []
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            lines.append(f"{f.name}:")
+            lines += [_describe_key(g, getattr(value, g.name), "  ") for g in dataclasses.fields(value)]
+        else:
+            lines.append(_describe_key(f, value, ""))
+    return "\n".join(lines)
+
+
+def _describe_key(f: dataclasses.Field, value: Any, indent: str) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000).split("\n")[0]
+    return f"{indent}{f.name}: {text}".ljust(46) + f"  # {f.metadata['meaning']}"

@@ -1,0 +1,1 @@
+"""How the student writes: decoding, and the guard against repetition loops."""

@@ -1,0 +1,404 @@
+"""One run of one stage, as the driver holds it: run directory, data position, workers, metrics, results."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+
+from data.manifest import read_manifest
+from data.sampler import EpochSampler
+from opd.checkpoint import RunDir
+from opd.config import FROZEN_KEYS, SYNTHETIC_PREFIX, Config, resolve_path
+from opd.evaluate import sample_table, score_transcripts
+from opd.export import write_model_card
+from opd.metrics import MetricsLog, PhaseTimer
+from opd.teachers.actor import TeacherGroup
+from opd.types import Batch
+from trainers.env import set_verl_env
+
+
+def in_ray_job() -> bool:
+    """Whether this driver was started by `ray job submit` (its working directory is then a temporary copy)."""
+    return bool(os.environ.get("RAY_JOB_SUBMISSION_ID") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
+
+
+def resolve(config: Config) -> Config:
+    """The config with absolute paths: run directory, models and manifests; synthetic sets are made where missing."""
+    run_dir = config.run_dir
+    if run_dir is None:
+        run_dir = f"runs/{config.recipe_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if in_ray_job() and not Path(run_dir).expanduser().is_absolute():
+        raise ValueError(
+            f"run_dir={run_dir}: a Ray job runs in a temporary copy of the working directory, where a relative run "
+            "directory would be lost; give an absolute path"
+        )
+    student, teacher, data = config.student, config.teacher, config.data
+    if student.path:
+        student = dataclasses.replace(student, path=resolve_path(student.path))
+    if teacher.path:
+        teacher = dataclasses.replace(teacher, path=resolve_path(teacher.path))
+    names = [data.train_manifest, *data.eval_manifests.values()]
+    manifests = resolve_manifests(names)
+    data = dataclasses.replace(
+        data,
+        train_manifest=manifests[data.train_manifest],
+        eval_manifests={name: manifests[path] for name, path in data.eval_manifests.items()},
+    )
+    return dataclasses.replace(
+        config, run_dir=str(Path(run_dir).expanduser().resolve()), student=student, teacher=teacher, data=data
+    )
+
+
+def resolve_manifests(names: list[str]) -> dict[str, str]:
+    """Manifest names of a recipe -> absolute paths. `synthetic:NAME` is one of the sets of data/synthetic.py."""
+    synthetic: dict[str, Path] = {}
+    if any(name.startswith(SYNTHETIC_PREFIX) for name in names):
+        from data.synthetic import ensure_digits
+
+        synthetic = ensure_digits()
+    paths = {}
+    for name in names:
+        if name.startswith(SYNTHETIC_PREFIX):
+            set_name = name.removeprefix(SYNTHETIC_PREFIX)
+            if set_name not in synthetic:
+                raise ValueError(f"{name}: there is no such synthetic set; there are {', '.join(sorted(synthetic))}")
+            paths[name] = str(synthetic[set_name])
+        else:
+            paths[name] = resolve_path(name)
+    return paths
+
+
+class Run:
+    """Everything between the lines of the main flow in opd/train.py."""
+
+    def __init__(self, config: Config, run_dir: RunDir) -> None:
+        self.config = config
+        self.dir = run_dir
+        self.step = run_dir.latest() or 0
+        self.state: dict[str, Any] = {"eval_before": {}, "bad_audio": 0, "seen": 0, "no_better": 0, "seconds": {}}
+        if self.step:
+            self.state = run_dir.load_loop_state(self.step)
+        self.timer = PhaseTimer(self.state["seconds"])
+        self.history: dict[str, Any] = {}
+        with self.timer("data"):
+            data = config.data
+            self.utterances = read_manifest(
+                data.train_manifest, require_text=config.stage == "sft", default_language=data.default_language
+            )
+            self.eval_sets = {
+                name: self._eval_set(path) for name, path in data.eval_manifests.items()
+            }
+            self.sampler = self._sampler()
+        if self.step:
+            self.sampler.load_state_dict(self.state["sampler"])
+        run_dir.truncate_metrics(self.step)
+        self.log = MetricsLog(
+            run_dir.path,
+            config.to_dict(),
+            config.wandb.mode,
+            config.wandb.project,
+            config.train.num_steps,
+            config.train.log_every,
+        )
+
+    @classmethod
+    def open(cls, config: Config) -> Run:
+        """Checks everything that can be checked before a worker starts."""
+        if config.stage == "opd" and config.teacher.kind != "arkasr":
+            raise ValueError(f"teacher.kind={config.teacher.kind}: this version runs teachers of kind arkasr only")
+        config = resolve(config)
+        run_dir = RunDir.open(
+            str(config.run_dir), config.to_dict(), config.resume, FROZEN_KEYS, in_ray_job=in_ray_job()
+        )
+        return cls(config, run_dir)
+
+    def _eval_set(self, path: str) -> Batch:
+        utterances = read_manifest(path, require_text=True, default_language=self.config.data.default_language)
+        limit = self.config.eval.max_utterances
+        return utterances[:limit] if limit else utterances
+
+    def _sampler(self) -> EpochSampler:
+        data = self.config.data
+        keys = None
+        if data.sorted_epochs:
+            from data.audio import audio_seconds
+
+            keys = [float(u.extra.get("duration") or audio_seconds(u)) for u in self.utterances]
+        return EpochSampler(
+            len(self.utterances), seed=self.config.seed, sort_keys=keys, sorted_epochs=data.sorted_epochs
+        )
+
+    # -- workers -----------------------------------------------------------------------------------------------------
+
+    def start_workers(self) -> None:
+        """Ray, the student's ranks and the teacher's workers; then the newest checkpoint, if there is one."""
+        config = self.config
+        set_verl_env(config.cluster.use_gpu)
+        from trainers.cluster import check_resources, connect
+        from trainers.student import Student
+
+        with_teacher = config.stage == "opd"
+        with self.timer("start_ray"):
+            connect(config.cluster)
+            check_resources(config.cluster, with_teacher)
+        path = self._student_path()
+        with self.timer("start_student"):
+            if with_teacher:
+                self.teacher = TeacherGroup(config, path)
+            self.student = Student(config, path)
+            facts = self.student.wait_ready()
+        with self.timer("start_teacher"):
+            if with_teacher:
+                coverage = self.teacher.wait_ready()[0]["vocab_coverage"]
+                print(f"teacher: {config.teacher.path}, {coverage:.1%} of the student's vocabulary maps into its own")
+        print(f"student: {path}, {facts[0]['num_parameters']:,} parameters on {len(facts)} ranks")
+        if self.step:
+            self.student.load(self.dir.checkpoint_path(self.step))
+            print(f"going on after step {self.step} of {config.train.num_steps}")
+
+    def _student_path(self) -> str:
+        """The arkasr folder that the student starts from; made from `student.init` where that is asked for."""
+        student = self.config.student
+        if student.path:
+            return student.path
+        path = self.dir.path / "init"
+        if not (path / "config.json").is_file():
+            from opd.seed import create_seed
+
+            sizes = dict(student.init)
+            vocab_size = int(sizes.pop("vocab_size"))
+            corpus = [u.text for u in self.utterances if u.text]
+            create_seed(path, sizes=sizes, corpus=corpus, vocab_size=vocab_size, seed=self.config.seed)
+        return str(path)
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def next_batch(self) -> Batch:
+        """The next global batch."""
+        return [self.utterances[index] for index in self.sampler.next_batch(self.config.train.batch_size)]
+
+    def log_opd(self, step: int, batch: Batch, rollout: Any, sums: dict[str, float], coverage: float) -> None:
+        """Metrics of an OPD step, from sums over all ranks."""
+        self.step = step
+        positions, ends = max(1.0, sums["positions"]), max(1.0, sums["ends"])
+        size = len(batch)
+        metrics = {
+            "loss/kl": sums["loss"],
+            "optim/lr": sums["lr"],
+            "optim/grad_norm": sums["grad_norm"],
+            "support/vuss": sums["support_size"] / positions,
+            "support/overlap": sums["overlap"] / positions,
+            "support/student_mass": sums["student_mass"] / positions,
+            "support/teacher_mass": sums["teacher_mass"] / positions,
+            "support/unmapped_mass": sums["unmapped_mass"] / positions,
+            "teacher/entropy": sums["teacher_entropy"] / positions,
+            "teacher/eos_at_end": sums["teacher_eos_at_end"] / ends,
+            "student/eos_at_end": sums["student_eos_at_end"] / ends,
+            "loss/k1": sums["k1"] / positions,
+            "loss/k3": sums["k3"] / positions,
+            "align/coverage": coverage,
+            "align/dropped_share": sums["unaligned"] / max(1.0, sums["written"]),
+            "rollout/loop_dropped_share": sums["in_loops"] / max(1.0, sums["written"]),
+            "rollout/tokens": rollout.sums["tokens"] / size,
+            "rollout/finished_share": rollout.sums["finished"] / size,
+            "rollout/looped_share": rollout.sums["looped"] / size,
+            "rollout/empty_share": rollout.sums["empty"] / size,
+        }
+        bad_ids = self._note_bad(rollout.bad, size)
+        known = [
+            (u, text) for u, text in zip(batch, rollout.texts, strict=True) if u.text is not None and u.id not in bad_ids
+        ]
+        if known:
+            metrics["rollout/wer"] = score_transcripts(
+                [str(u.text) for u, _ in known], [text for _, text in known], [u.language for u, _ in known]
+            ).wer
+        self._log(step, metrics)
+
+    def log_sft(self, step: int, sums: dict[str, Any]) -> None:
+        """Metrics of an SFT step, from sums over all ranks."""
+        self.step = step
+        positions = max(1.0, sums["positions"])
+        metrics = {
+            "loss/total": sums["loss"],
+            "loss/ce": sums["ce"] / positions,
+            "train/token_accuracy": sums["correct"] / positions,
+            "optim/lr": sums["lr"],
+            "optim/grad_norm": sums["grad_norm"],
+        }
+        if "ctc" in sums:
+            metrics["loss/ctc"] = sums["ctc"] / positions
+        self._note_bad(sums["bad"], self.config.train.batch_size)
+        self._log(step, metrics)
+
+    def _log(self, step: int, metrics: dict[str, float]) -> None:
+        metrics["data/bad_audio"] = self.state["bad_audio"]
+        metrics |= self.timer.take_step()
+        self.log.log_step(step, metrics)
+        if "first_step" not in self.history:
+            self.history["first_step"] = True
+            self._report_start(metrics)
+
+    def _report_start(self, metrics: dict[str, float]) -> None:
+        """Where the time from the command to the first training step went, evaluation and synthesis apart."""
+        totals = self.timer.seconds()
+        parts = {name: totals[name] for name in ("start_ray", "start_student", "start_teacher") if name in totals}
+        parts["first_step"] = sum(metrics.get(f"time/{p}", 0.0) for p in ("rollout", "teacher", "update"))
+        total = time.time() - float(os.environ.get("OPD_STARTED", time.time()))
+        total -= totals.get("eval", 0.0) + totals.get("synthesis", 0.0)
+        parts["imports_and_config"] = total - sum(parts.values())
+        self.history["start"] = {"total": total, **parts}
+        listed = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
+        print(f"first step {total:.1f} s after the command: {listed}")
+
+    def _note_bad(self, bad: list[tuple[str, str, str]], seen: int) -> set[str]:
+        """Counts skipped utterances, lists them in bad_audio.jsonl, stops above the limit on their share."""
+        self.state["seen"] += seen
+        self.state["bad_audio"] += len(bad)
+        if bad:
+            with open(self.dir.path / "bad_audio.jsonl", "a", encoding="utf-8") as file:
+                for utterance_id, path, reason in bad:
+                    file.write(json.dumps({"id": utterance_id, "audio": path, "reason": reason, "step": self.step}) + "\n")
+            share = self.state["bad_audio"] / self.state["seen"]
+            # A share means little before some utterances were seen.
+            if self.state["seen"] >= 100 and share > self.config.data.max_bad_share:
+                raise ValueError(
+                    f"step {self.step}: {share:.1%} of the utterances seen so far are bad audio, above "
+                    f"data.max_bad_share={self.config.data.max_bad_share:g}; they are listed in "
+                    f"{self.dir.path / 'bad_audio.jsonl'}"
+                )
+        return {utterance_id for utterance_id, _, _ in bad}
+
+    # -- evaluation --------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, step: int, transcribe: Any, label: str = "eval") -> dict[str, dict[str, Any]]:
+        results = {}
+        for name, utterances in self.eval_sets.items():
+            texts = transcribe(utterances)
+            pairs = [(u, text) for u, text in zip(utterances, texts, strict=True) if text is not None]
+            if not pairs:
+                raise ValueError(f"evaluation set {name}: none of its {len(utterances)} utterances could be read")
+            ids, languages = [u.id for u, _ in pairs], [u.language for u, _ in pairs]
+            references, hypotheses = [str(u.text) for u, _ in pairs], [text for _, text in pairs]
+            result = score_transcripts(references, hypotheses, languages)
+            samples = sample_table(ids, references, hypotheses, languages, self.config.eval.num_samples)
+            results[name] = result.to_dict()
+            self.history.setdefault("transcripts", {})[name] = dict(zip(ids, hypotheses, strict=True))
+            if label == "eval":
+                self.log.log_eval(step, name, result, samples)
+        return results
+
+    def evaluate_before(self) -> None:
+        """WER of the student as it starts and, once, of the teacher."""
+        if self.state["eval_before"] or not self.eval_sets:
+            return
+        with self.timer("eval"):
+            before = self._evaluate(0, self.student.transcribe)
+            teacher = {}
+            if self.config.stage == "opd" and self.config.eval.teacher:
+                teacher = self._evaluate(0, self.teacher.transcribe, label="teacher")
+        self.timer.take_step()
+        self.state["eval_before"] = before
+        self.state["eval_teacher"] = teacher
+        for name, result in before.items():
+            extra = f", teacher {teacher[name]['wer']:.2%}" if name in teacher else ""
+            print(f"{name}: WER {result['wer']:.2%} before the first step{extra}")
+
+    def evaluate_if_due(self, step: int) -> bool:
+        """Evaluates every eval_every steps; True where the run should stop early."""
+        every = self.config.eval.eval_every
+        if not every or step % every or step == self.config.train.num_steps or not self.eval_sets:
+            return False
+        with self.timer("eval"):
+            results = self._evaluate(step, self.student.transcribe)
+        self.timer.take_step()
+        wer = results[str(self.config.best_eval_set())]["wer"]
+        best = self.state.get("best_wer")
+        improved = best is None or wer < best
+        self.state["best_wer"] = wer if improved else best
+        self.state["no_better"] = 0 if improved else self.state["no_better"] + 1
+        self.state["last_wer"] = {"step": step, "wer": wer}
+        if self.config.eval.patience and self.state["no_better"] >= self.config.eval.patience:
+            print(f"step {step}: no better WER in {self.state['no_better']} evaluations, stopping early")
+            return True
+        return False
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def save_if_due(self, step: int, last: bool) -> None:
+        """A complete, resumable checkpoint every checkpoint_every steps and after the last one."""
+        if step % self.config.checkpoint.checkpoint_every and not last:
+            return
+        with self.timer("checkpoint"):
+            folder = self.dir.begin_save(step)
+            self.student.save(folder)
+            self.state["sampler"] = self.sampler.state_dict()
+            self.state["seconds"] = self.timer.seconds()
+            self.state["finished"] = last
+            evaluated = self.state.get("last_wer")
+            if evaluated and evaluated["step"] == step:
+                self.dir.record_eval(step, evaluated["wer"])
+            self.dir.commit_save(step, self.state)
+        self.timer.take_step()
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def is_finished(self) -> bool:
+        """Whether an earlier call already brought this run to its end."""
+        return self.step > 0 and (self.dir.path / "summary.json").is_file() and bool(self.state.get("finished"))
+
+    def finish(self) -> dict[str, Any]:
+        """Exports, evaluates the exported (rounded) weights, writes summary.json and prints the table."""
+        export_dir = self.dir.path / "export"
+        with self.timer("export"):
+            self.student.export(export_dir)
+            self.student.round_weights()
+        with self.timer("eval"):
+            after = self._evaluate(self.step, self.student.transcribe) if self.eval_sets else {}
+        before, teacher = self.state["eval_before"], self.state.get("eval_teacher", {})
+        evaluation = {
+            name: {"before": before.get(name), "after": after[name], **({"teacher": teacher[name]} if teacher else {})}
+            for name in after
+        }
+        summary = {
+            "recipe": self.config.recipe_name,
+            "stage": self.config.stage,
+            "steps": self.step,
+            "seed": self.config.seed,
+            "seconds": {name: round(value, 3) for name, value in self.timer.seconds().items()},
+            "start": self.history.get("start"),
+            "eval": evaluation,
+            "train_manifest": self.config.data.train_manifest,
+            "train_texts": sum(u.text is not None for u in self.utterances),
+            "export_dir": str(export_dir),
+        }
+        write_model_card(export_dir, {**summary, "config": self.config.to_dict()})
+        self._write_transcripts()
+        self.dir.write_summary(summary)
+        self.log.close()
+        if self.config.export.push_to:
+            from opd.export import push
+
+            push(export_dir, self.config.export.push_to)
+        return self.print_summary()
+
+    def _write_transcripts(self) -> None:
+        for name, texts in self.history.get("transcripts", {}).items():
+            with open(self.dir.path / f"transcripts-{name}.jsonl", "w", encoding="utf-8") as file:
+                for utterance_id, text in texts.items():
+                    file.write(json.dumps({"id": utterance_id, "pred_text": text}, ensure_ascii=False) + "\n")
+
+    def print_summary(self) -> dict[str, Any]:
+        """Prints the table of summary.json and hands the summary back."""
+        from opd.tables import print_table
+
+        summary = json.loads((self.dir.path / "summary.json").read_text(encoding="utf-8"))
+        print_table(summary)
+        print(f"run: {self.dir.path}\nexport: {summary['export_dir']}")
+        return summary
+
+

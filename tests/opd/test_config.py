@@ -1,0 +1,78 @@
+"""Recipes, overrides and what is refused before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from opd.config import Config, config_from_dict, describe, list_recipes, load_config
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_shipped_recipe_loads(name: str) -> None:
+    config = load_config([f"recipe={name}"])
+    assert config.recipe_name == name
+    assert config_from_dict(config.to_dict()) == config
+
+
+def test_overrides_win_over_the_recipe() -> None:
+    config = load_config(["recipe=tiny", "optim.lr=1e-4", "data.eval_manifests.mine=a.jsonl", "student.freeze=[encoder]"])
+    assert config.optim.lr == pytest.approx(1e-4)
+    assert config.data.eval_manifests["mine"] == "a.jsonl"
+    assert config.student.freeze == ["encoder"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no recipe given.*tiny_teacher"),
+        (["recipe=tinyy"], "unknown recipe; there are .*tiny"),
+        (["recipe=nowhere/x.yaml"], "no such file"),
+        (["recipe=tiny", "optim.lrr=1"], "unknown key optim.lrr; did you mean optim.lr?"),
+        (["recipe=tiny", "optimm.lr=1"], "unknown key optimm.lr; did you mean optim.lr?"),
+        (["recipe=tiny", "optim=1"], "optim is a section"),
+        (["recipe=tiny", "seed.x=1"], "seed has no keys below it"),
+        (["recipe=tiny", "verbose"], "write it as section.key=value"),
+        (["recipe=tiny", "optim.lr=fast"], "optim.lr.*could not be converted"),
+        (["recipe=tiny", "optim.lr=0"], "optim.lr=0.*above 0"),
+        (["recipe=tiny", "loss.kind=mse"], "loss.kind=mse: must be one of forward_kl"),
+        (["recipe=tiny", "engine=megatron"], "engine=megatron: must be one of fsdp2"),
+        (["recipe=tiny", "train.batch_size=31"], "does not divide over 2 ranks.*train.batch_size=30"),
+        (["recipe=tiny", "train.micro_batch_size=7"], "does not divide the 16 utterances.*train.micro_batch_size=4"),
+        (["recipe=tiny", "loss.kind=sampled_kl"], "rollout.temperature above 0"),
+        (["recipe=tiny", "student.freeze=[mouth]"], "encoder, adapter, decoder"),
+        (["recipe=tiny", "student.freeze=[encoder,adapter,decoder]"], "nothing is left to train"),
+        (["recipe=tiny", "teacher.path=null"], "teacher.path is missing"),
+        (["recipe=tiny", "stages=[sft,opd]"], "one stage at a time"),
+        (["recipe=tiny", "eval.best_by=other"], "not in data.eval_manifests"),
+        (["recipe=tiny", "data.max_bad_share=2"], "between 0 and 1"),
+    ],
+)
+def test_bad_input_gets_one_clear_line(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        load_config(arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_key_in_a_recipe_names_the_file(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("stage: opd\ntrain:\n  num_step: 3\n")
+    with pytest.raises(ValueError, match=r"mine.yaml: unknown key train.num_step; did you mean train.num_steps\?"):
+        load_config([f"recipe={recipe}"])
+    recipe.write_text("train: 3\n")
+    with pytest.raises(ValueError, match="train is a section"):
+        load_config([f"recipe={recipe}"])
+    recipe.write_text("- a\n")
+    with pytest.raises(ValueError, match="mapping"):
+        load_config([f"recipe={recipe}"])
+
+
+def test_print_config_shows_each_key_with_its_meaning() -> None:
+    config = load_config(["recipe=tiny"])
+    lines = describe(config).splitlines()
+    for f in dataclasses.fields(Config):
+        value = getattr(config, f.name)
+        for g in dataclasses.fields(value) if dataclasses.is_dataclass(value) else [f]:
+            assert any(line.strip().startswith(f"{g.name}:") and g.metadata["meaning"] in line for line in lines), g.name

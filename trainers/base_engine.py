@@ -1,0 +1,270 @@
+"""What every engine of the student shares: building the model, one training step, schedule, generation, export.
+
+An engine is a verl `BaseEngine`; the subclasses say how parameters are spread over ranks and how state is saved.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from verl.utils.device import get_device_id, get_device_name
+from verl.workers.engine.base import BaseEngine
+
+from opd.arkasr import load_model
+from opd.config import Config, OptimConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Objective = Callable[[nn.Module, Any], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient of a step is not finite. Nothing was updated."""
+
+
+class TrainedStudent(nn.Module):
+    """The student as it is trained: the ARK-ASR model and, for the CTC aid, a head that is never exported."""
+
+    def __init__(self, model: nn.Module, num_ctc_tokens: int = 0) -> None:
+        super().__init__()
+        self.model = model
+        self.ctc_head = nn.Linear(model.config.whisper_config.d_model, num_ctc_tokens) if num_ctc_tokens else None
+
+    def forward(self, with_ctc: bool = False, **inputs: Any) -> tuple[Any, torch.Tensor | None, torch.Tensor | None]:
+        """(model output, CTC logits (B, F', V) or None, frame mask (B, F') or None).
+
+        Everything goes through this one forward, because FSDP2 gathers the parameters of the root here.
+        """
+        if not with_ctc:
+            return self.model(**inputs), None, None
+        assert self.ctc_head is not None, "built without a CTC head"
+        frames_BFD, mask_BF = self.model.audio_encoder.encode_frames(inputs.pop("audios"), inputs.pop("audio_mask"))
+        out = self.model(audio_frames=(frames_BFD, mask_BF), **inputs)
+        return out, self.ctc_head(frames_BFD), mask_BF
+
+
+def learning_rate_factor(step: int, optim: OptimConfig, num_steps: int) -> float:
+    """Share of the peak learning rate at a step (0-based): linear warm-up, then cosine or constant."""
+    if step < optim.warmup_steps:
+        return (step + 1) / optim.warmup_steps
+    if optim.lr_schedule == "constant":
+        return 1.0
+    done = (step - optim.warmup_steps) / max(1, num_steps - optim.warmup_steps)
+    return optim.min_lr_ratio + (1 - optim.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; norms, biases and other 1-D parameters do not."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def freeze(model: nn.Module, parts: list[str]) -> None:
+    """Takes the gradient from parts of an ARK-ASR model: encoder (Whisper), adapter (norm + MLP), decoder (Qwen2)."""
+    members = {
+        "encoder": [model.audio_encoder.whisper],
+        "adapter": [model.audio_encoder.layer_norm, model.audio_encoder.adapting],
+        "decoder": [model.model, model.lm_head],
+    }
+    for part in parts:
+        for member in members[part]:
+            member.requires_grad_(False)
+    # Stored with every checkpoint but read by nothing: it must neither decay nor count as trained.
+    model.audio_encoder.whisper.embed_positions.requires_grad_(False)
+
+
+class StudentEngine(BaseEngine):
+    """Base of the student's engines. `path` is the arkasr folder that the student starts from."""
+
+    def __init__(self, config: Config, path: str) -> None:
+        self.config = config
+        self.path = path
+        self.mode: str | None = None
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+
+    # -- building --------------------------------------------------------------------------------------------------
+
+    def initialize(self) -> None:
+        """Loads the student in float32 (master weights), spreads it over the ranks, makes optimizer and schedule."""
+        torch.manual_seed(self.config.seed)
+        model = load_model(self.path, dtype=torch.float32, attn_implementation=self.config.student.attn_implementation)
+        self.model_config = model.config
+        freeze(model, self.config.student.freeze)
+        with_ctc = self.config.stage == "sft" and self.config.loss.ctc_weight > 0
+        student = TrainedStudent(model, model.config.vocab_size if with_ctc else 0)
+        self.module = self._wrap(student)
+        self.optimizer = self._build_optimizer()
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer,
+            lambda step: learning_rate_factor(step, self.config.optim, self.config.train.num_steps),
+        )
+
+    @abstractmethod
+    def _wrap(self, student: TrainedStudent) -> nn.Module:
+        """Moves the student to its device and spreads its parameters over the ranks."""
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        optim = self.config.optim
+        return torch.optim.AdamW(
+            parameter_groups(self.module, optim.weight_decay),
+            lr=optim.lr,
+            betas=(optim.betas[0], optim.betas[1]),
+            eps=optim.eps,
+            foreach=True,  # one dispatch per operation instead of one per parameter
+        )
+
+    # -- one training step -----------------------------------------------------------------------------------------
+
+    def forward_backward_batch(self, data: list[Any], loss_function: Objective, forward_only: bool = False) -> dict:
+        """Forward and backward over micro-batches.
+
+        data            micro-batches of this rank, each with `num_positions` (trained positions in it)
+        loss_function   (module, micro-batch) -> (sum of the loss over its positions, sums for the metrics)
+        Returns sums over all ranks; `loss` is divided by the trained positions of all ranks.
+
+        The gradient is that of (sum over all ranks) / (positions of all ranks). Ranks average gradients, hence the
+        factor world_size; each rank runs the same number of micro-batches, empty ones included, since every backward
+        takes part in the same collectives.
+        """
+        positions = torch.tensor(float(sum(int(micro.num_positions) for micro in data)), dtype=torch.float64)
+        positions = self.all_reduce_sum(positions).clamp(min=1.0).item()
+        sums: dict[str, torch.Tensor] = {}
+        for micro in data:
+            loss_sum, micro_sums = loss_function(self.module, micro)
+            if not forward_only:
+                (loss_sum * (self.world_size / positions)).backward()
+            for name, value in (micro_sums | {"loss": loss_sum}).items():
+                sums[name] = sums.get(name, 0) + value.detach().double().cpu()
+        totals = self.reduce_sums(sums)
+        totals["loss"] /= positions
+        totals["positions"] = positions
+        return totals
+
+    def train_batch(self, data: list[Any], loss_function: Objective) -> dict[str, float]:  # type: ignore[override]
+        """One optimizer step. Raises NonFiniteError, with nothing updated, on a loss or gradient that is not finite."""
+        self.optimizer_zero_grad()
+        totals = self.forward_backward_batch(data, loss_function)
+        totals["lr"] = self.scheduler.get_last_lr()[0]
+        grad_norm = self.clip_gradient()
+        totals["grad_norm"] = grad_norm
+        if not (math.isfinite(totals["loss"]) and math.isfinite(grad_norm)):
+            self.optimizer_zero_grad()
+            raise NonFiniteError(f"loss {totals['loss']}, gradient norm {grad_norm}")
+        self.optimizer_step()
+        self.lr_scheduler_step()
+        return totals
+
+    def clip_gradient(self) -> float:
+        """Clips to optim.max_grad_norm and returns the norm before clipping, the same on all ranks."""
+        limit = self.config.optim.max_grad_norm or math.inf
+        trained = [p for p in self.module.parameters() if p.requires_grad and p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(trained, limit)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def optimizer_zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def optimizer_step(self) -> None:
+        self.optimizer.step()
+
+    def lr_scheduler_step(self) -> float:
+        self.scheduler.step()
+        return self.scheduler.get_last_lr()[0]
+
+    # -- collectives -----------------------------------------------------------------------------------------------
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks; takes and returns a CPU tensor."""
+        device = torch.device(get_device_name(), get_device_id()) if get_device_name() != "cpu" else "cpu"
+        moved = tensor.to(device)
+        dist.all_reduce(moved)
+        return moved.cpu()
+
+    def reduce_sums(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Sums of all ranks, by one packed reduction. All ranks hand in the same names."""
+        names = sorted(sums)
+        packed = self.all_reduce_sum(torch.stack([sums[name].reshape(()) for name in names]))
+        return dict(zip(names, packed.tolist(), strict=True))
+
+    # -- modes -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def train_mode(self, **kwargs: Any) -> Iterator[None]:
+        self.mode = "train"
+        self.module.train()
+        try:
+            yield
+        finally:
+            self.mode = None
+
+    @contextmanager
+    def eval_mode(self, **kwargs: Any) -> Iterator[None]:
+        self.mode = "eval"
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.mode = None
+
+    @abstractmethod
+    def generation_mode(self) -> AbstractContextManager[None]:
+        """eval_mode with all parameters gathered, so that ranks may decode any number of tokens each on its own."""
+
+    def generate_forward(self, **inputs: Any) -> Any:
+        """The plain model forward, for decoding."""
+        return self.module(**inputs)[0]
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        """The student's whole state dict (float32, CPU) on rank 0, an empty one elsewhere. A collective."""
+
+    def get_per_tensor_param(self) -> tuple[Any, None]:
+        return iter(self.full_state_dict().items()), None
+
+    @torch.no_grad()
+    def round_weights(self, dtype: str) -> None:
+        """Rounds the weights to what an export of this type holds. The training state is spoilt by this."""
+        for parameter in self.module.parameters():
+            parameter.copy_(parameter.to(DTYPES[dtype]).to(parameter.dtype))
+
+    # -- verl's remaining interface ----------------------------------------------------------------------------------
+
+    @property
+    def is_param_offload_enabled(self) -> bool:
+        return False
+
+    @property
+    def is_optimizer_offload_enabled(self) -> bool:
+        return False
+
+    def get_data_parallel_size(self) -> int:
+        return self.world_size
+
+    def get_data_parallel_rank(self) -> int:
+        return self.rank
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return dist.group.WORLD
+
+    def is_mp_src_rank_with_outputs(self) -> bool:
+        return True
+
+
+def init_process_group(timeout_s: float, use_gpu: bool) -> None:
+    """Joins the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe."""
+    from datetime import timedelta
+
+    backend = "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))

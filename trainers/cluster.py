@@ -1,0 +1,93 @@
+"""Ray: start or join a cluster, check that it is large enough, place the workers."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from verl.single_controller.ray import RayResourcePool
+from verl.single_controller.ray.base import sort_placement_group_by_node_ip
+
+from opd.config import ClusterConfig
+from trainers.env import verl_env
+
+
+def connect(cluster: ClusterConfig) -> None:
+    """Joins the cluster of RAY_ADDRESS or of the surrounding Ray job; starts a local one where there is none."""
+    env = verl_env(cluster.use_gpu)
+    options: dict[str, Any] = {"runtime_env": {"env_vars": env}, "log_to_driver": False, "logging_level": "WARNING"}
+    if not os.environ.get("RAY_ADDRESS"):
+        # Ray counts the machine's cores; the dashboard costs seconds and nobody looks at a local one.
+        options |= {"include_dashboard": False, "num_cpus": max(os.cpu_count() or 1, 2)}
+    ray.init(**options)
+
+
+def check_resources(cluster: ClusterConfig, with_teacher: bool) -> None:
+    """Raises ValueError where the cluster has too few CPUs or GPUs for what the config asks."""
+    ranks = cluster.num_nodes * cluster.ranks_per_node
+    teachers = cluster.num_teachers if with_teacher else 0
+    needed = {"CPU": ranks * cluster.cpus_per_rank + teachers * cluster.cpus_per_teacher}
+    if cluster.use_gpu:
+        needed["GPU"] = ranks * cluster.gpus_per_rank + teachers * cluster.gpus_per_teacher
+    have = ray.cluster_resources()
+    for kind, amount in needed.items():
+        if have.get(kind, 0.0) + 1e-6 < amount:
+            raise ValueError(
+                f"the Ray cluster has {have.get(kind, 0.0):g} {kind}s, this recipe needs {amount:g} "
+                f"({ranks} student ranks, {teachers} teacher workers): change cluster.ranks_per_node, "
+                f"cluster.num_teachers or cluster.{kind.lower()}s_per_*"
+            )
+
+
+class StudentPool(RayResourcePool):
+    """verl's resource pool with CPUs per rank as configured (fractions too) and a limit on the wait for placement.
+
+    verl's own pool asks for whole CPUs by its colocation count and waits for ever.
+    """
+
+    def __init__(self, cluster: ClusterConfig) -> None:
+        # verl gives each worker 1 / max_colocate_count GPUs.
+        super().__init__(
+            [cluster.ranks_per_node] * cluster.num_nodes,
+            use_gpu=cluster.use_gpu,
+            max_colocate_count=1 / cluster.gpus_per_rank,  # type: ignore[arg-type]
+        )
+        self.cluster = cluster
+
+    def get_placement_groups(
+        self, strategy: str = "STRICT_PACK", name: str | None = None, device_name: str = "cuda"
+    ) -> list[PlacementGroup]:
+        if self.pgs is None:
+            bundle: dict[str, float] = {"CPU": self.cluster.cpus_per_rank}
+            if self.use_gpu:
+                bundle["GPU"] = self.cluster.gpus_per_rank
+            groups = [placement_group([dict(bundle)] * count, strategy=strategy) for count in self.store]
+            wait_for_placement(groups, f"{self.world_size} student ranks", bundle, self.cluster.placement_timeout_s)
+            self.pgs = sort_placement_group_by_node_ip(groups)
+        return self.pgs
+
+
+def wait_for_placement(groups: list[PlacementGroup], what: str, bundle: dict[str, float], timeout_s: float) -> None:
+    """Waits until Ray has set the resources aside. Raises TimeoutError that says what was waited for."""
+    deadline = time.monotonic() + timeout_s
+    for group in groups:
+        if not group.wait(max(0.1, deadline - time.monotonic())):
+            for other in groups:
+                remove_placement_group(other)
+            raise TimeoutError(
+                f"waited {timeout_s:g} s for Ray to place {what} ({bundle} each); "
+                f"free now: {ray.available_resources()}; raise cluster.placement_timeout_s or free resources"
+            )
+
+
+@ray.remote(num_cpus=0)
+def free_address() -> tuple[str, str]:
+    """Address and a free port of the node this runs on, for the ranks' rendezvous."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return ray.util.get_node_ip_address().strip("[]"), str(probe.getsockname()[1])

@@ -1,0 +1,97 @@
+"""The FSDP2 engine: parameters, gradients and optimizer state sharded over all ranks, float32 master weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from verl.utils.device import get_device_id, get_device_name
+from verl.workers.engine.base import EngineRegistry
+
+from trainers.base_engine import DTYPES, StudentEngine, TrainedStudent
+
+MODEL_TYPE = "arkasr"
+
+
+@EngineRegistry.register(model_type=MODEL_TYPE, backend=["fsdp2"], device=["cpu", "cuda"])
+class FSDP2Engine(StudentEngine):
+    """Each transformer layer is a group of its own; small layers stay with the root.
+
+    A collective costs about a millisecond however little it moves, so a layer below `min_group_numel` parameters is
+    not worth one: the tiny models are one group, ARK-ASR has one per layer.
+    """
+
+    min_group_numel = 1_000_000
+
+    def _wrap(self, student: TrainedStudent) -> nn.Module:
+        device = get_device_name()
+        if device != "cpu":
+            student = student.to(torch.device(device, get_device_id()))
+        options: dict[str, Any] = {
+            "mesh": init_device_mesh(device, (self.world_size,)),
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=DTYPES[self.config.student.dtype], reduce_dtype=torch.float32, cast_forward_inputs=False
+            ),
+        }
+        for layer in [*student.model.audio_encoder.whisper.layers, *student.model.model.layers]:
+            if sum(p.numel() for p in layer.parameters()) >= self.min_group_numel:
+                fully_shard(layer, **options)
+        return fully_shard(student, **options)
+
+    def _groups(self) -> list[FSDPModule]:
+        return [m for m in self.module.modules() if isinstance(m, FSDPModule)]
+
+    @contextmanager
+    def generation_mode(self) -> Iterator[None]:
+        groups = self._groups()
+        with self.eval_mode():
+            for group in groups:
+                group.set_reshard_after_forward(False, recurse=False)
+                group.unshard()
+            try:
+                yield
+            finally:
+                for group in groups:
+                    # The root keeps its parameters from forward to backward, as fully_shard sets it up.
+                    group.set_reshard_after_forward(group is not self.module, recurse=False)
+                    group.reshard()
+
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(self.module, options=options)
+        return {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+
+    def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
+        """Writes model, optimizer and schedule with torch.distributed.checkpoint: any number of ranks can load it."""
+        model, optimizer = get_state_dict(self.module, self.optimizer)
+        state = {"model": model, "optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
+        dcp.save(state, checkpoint_id=f"{local_path}/state")
+        torch.save(torch.get_rng_state(), f"{local_path}/rng-rank{self.rank}.pt")
+        dist.barrier()
+
+    def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
+        """Restores what `save_checkpoint` wrote. The random state is restored where this rank saved one."""
+        model, optimizer = get_state_dict(self.module, self.optimizer)
+        state = {"model": model, "optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
+        dcp.load(state, checkpoint_id=f"{local_path}/state")
+        set_state_dict(
+            self.module, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )
+        self.scheduler.load_state_dict(state["scheduler"])
+        try:
+            torch.set_rng_state(torch.load(f"{local_path}/rng-rank{self.rank}.pt"))
+        except FileNotFoundError:
+            pass  # saved by fewer ranks; nothing of ours draws from this state

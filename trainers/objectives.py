@@ -1,0 +1,173 @@
+"""What the student is trained on: micro-batches of both stages and the loss over their positions.
+
+An objective takes (module, micro-batch) and returns the loss summed over the micro-batch's positions and sums for the
+metrics. Dividing by the positions of all ranks is the engine's job.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from opd.config import LossConfig, RolloutConfig
+from opd.losses import position_loss
+from opd.support import candidate_ids
+from opd.types import Rollout, TeacherScore
+
+Sums = dict[str, torch.Tensor]
+
+
+@dataclass
+class MicroBatch:
+    """Model inputs over prompt + response, the trained positions, and what they are trained on."""
+
+    inputs: dict[str, torch.Tensor]
+    response_ids_BT: torch.Tensor
+    trained_BT: torch.Tensor
+    rollout: Rollout | None = None
+    score: TeacherScore | None = None
+    eos_last_BT: torch.Tensor | None = None
+
+    @property
+    def num_positions(self) -> int:
+        return int(self.trained_BT.sum())
+
+
+def join_response(
+    prompts: dict[str, torch.Tensor], rows: slice, ids_BT: torch.Tensor, mask_BT: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Inputs of prompt + response for some rows of a batch of prompts, without padding that only other rows need."""
+    mask_BP = prompts["attention_mask"][rows]
+    start = mask_BP.shape[1] - int(mask_BP.sum(1).max())
+    frames = int(prompts["audio_mask"][rows].sum(1).max())
+    device = mask_BP.device
+    return {
+        "input_ids": torch.cat([prompts["input_ids"][rows, start:], ids_BT.to(device)], dim=1),
+        "attention_mask": torch.cat([mask_BP[:, start:], mask_BT.to(device, mask_BP.dtype)], dim=1),
+        "audios": prompts["audios"][rows, :, :frames],
+        "audio_mask": prompts["audio_mask"][rows, :frames],
+    }
+
+
+def opd_micro_batch(
+    prompts: dict[str, torch.Tensor],
+    rows: slice,
+    rollout: Rollout,
+    score: TeacherScore,
+    config: RolloutConfig,
+    device: torch.device,
+) -> MicroBatch:
+    """A scored rollout as a micro-batch. Trained: written positions that the teacher could score, loops cut off."""
+    trained_BT = rollout.response_mask_BT & score.aligned_mask_BT
+    if not config.train_on_loops:
+        trained_BT = trained_BT & (torch.arange(trained_BT.shape[1]) < rollout.loop_start_B[:, None])
+    positions_T = torch.arange(trained_BT.shape[1])
+    last_B = rollout.response_mask_BT.sum(1, keepdim=True) - 1
+    return MicroBatch(
+        inputs=join_response(prompts, rows, rollout.response_ids_BT, rollout.response_mask_BT),
+        response_ids_BT=rollout.response_ids_BT.to(device),
+        trained_BT=trained_BT.to(device),
+        rollout=rollout,
+        score=score,
+        eos_last_BT=(positions_T == last_B) & rollout.finished_B[:, None] & trained_BT,
+    )
+
+
+def opd_objective(config: LossConfig, blocked_V: torch.Tensor, eos_id: int) -> Any:
+    """The divergence between teacher and student at the student's own states (method: position_loss)."""
+
+    def objective(module: nn.Module, micro: MicroBatch) -> tuple[torch.Tensor, Sums]:
+        rollout, score, trained_BT = micro.rollout, micro.score, micro.trained_BT
+        assert rollout is not None and score is not None and micro.eos_last_BT is not None
+        logits_BTV = _response_logits(module, micro)[0]
+        device = logits_BTV.device
+        keep = trained_BT.cpu()
+        teacher = {name: value[keep].to(device) for name, value in score.to_dict().items()}
+        candidates_BTC = candidate_ids(rollout.topk_ids_BTK, rollout.response_ids_BT, eos_id)
+        loss_N, diagnostics = position_loss(
+            logits_BTV[trained_BT],
+            response_ids_N=rollout.response_ids_BT[keep].to(device),
+            rollout_logprobs_N=rollout.logprobs_BT[keep].to(device),
+            candidate_ids_NC=candidates_BTC[keep].to(device),
+            teacher=teacher,
+            blocked_V=blocked_V,
+            eos_id=eos_id,
+            config=config,
+        )
+        sums = {name: value.sum() for name, value in diagnostics.items()}
+        at_end_N = micro.eos_last_BT[keep].to(device)
+        for side in ("student", "teacher"):
+            sums[f"{side}_eos_at_end"] = diagnostics[f"{side}_eos"][at_end_N].sum()
+        counts = {
+            "ends": at_end_N,
+            "written": rollout.response_mask_BT,
+            "unaligned": rollout.response_mask_BT & ~score.aligned_mask_BT,
+            "in_loops": rollout.response_mask_BT & score.aligned_mask_BT & ~keep,
+        }
+        sums |= {name: mask.sum().to(device) for name, mask in counts.items()}
+        return loss_N.sum(), sums
+
+    return objective
+
+
+def sft_micro_batch(
+    prompts: dict[str, torch.Tensor], rows: slice, texts: list[str | None], tokenizer: Any
+) -> MicroBatch:
+    """References as a micro-batch: text followed by EOS. A text of None (bad audio) trains nothing."""
+    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] + [eos_id] if text is not None else [] for text in texts]
+    length = max(1, max(len(row) for row in ids))
+    ids_BT = torch.tensor([row + [pad_id] * (length - len(row)) for row in ids])
+    mask_BT = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in ids])
+    device = prompts["input_ids"].device
+    return MicroBatch(join_response(prompts, rows, ids_BT, mask_BT), ids_BT.to(device), mask_BT.to(device))
+
+
+def sft_objective(config: LossConfig, blocked_V: torch.Tensor, blank_id: int) -> Any:
+    """Cross-entropy of the references over the allowed vocabulary and, with a weight, the CTC aid on the encoder."""
+
+    def objective(module: nn.Module, micro: MicroBatch) -> tuple[torch.Tensor, Sums]:
+        with_ctc = config.ctc_weight > 0
+        logits_BTV, ctc_BFV, frame_mask_BF = _response_logits(module, micro, with_ctc)
+        logits_NV = logits_BTV[micro.trained_BT].float().masked_fill(blocked_V, float("-inf"))
+        ids_N = micro.response_ids_BT[micro.trained_BT]
+        cross_entropy = functional.cross_entropy(logits_NV, ids_N, reduction="sum")
+        sums = {"ce": cross_entropy, "correct": (logits_NV.argmax(-1) == ids_N).sum()}
+        loss = cross_entropy
+        if with_ctc:
+            assert ctc_BFV is not None and frame_mask_BF is not None
+            ctc = _ctc_loss(ctc_BFV, frame_mask_BF, micro, blank_id)
+            loss = loss + config.ctc_weight * ctc
+            sums["ctc"] = ctc
+        return loss, sums
+
+    return objective
+
+
+def _response_logits(
+    module: nn.Module, micro: MicroBatch, with_ctc: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Logits that predict each response position (B, T, V), and the CTC head's output where asked for."""
+    length = micro.trained_BT.shape[1]
+    out, ctc_BFV, frame_mask_BF = module(
+        with_ctc=with_ctc, **micro.inputs, use_cache=False, logits_to_keep=length + 1
+    )
+    return out.logits[:, :-1], ctc_BFV, frame_mask_BF
+
+
+def _ctc_loss(ctc_BFV: torch.Tensor, frame_mask_BF: torch.Tensor, micro: MicroBatch, blank_id: int) -> torch.Tensor:
+    """CTC summed over utterances, its targets being the response without EOS. Too little audio for a text counts 0."""
+    lengths_B = (micro.trained_BT.sum(1) - 1).clamp(min=0)
+    return functional.ctc_loss(
+        ctc_BFV.float().log_softmax(-1).transpose(0, 1),
+        micro.response_ids_BT,
+        frame_mask_BF.sum(1).long(),
+        lengths_B,
+        blank=blank_id,
+        reduction="sum",
+        zero_infinity=True,
+    )

@@ -1,0 +1,112 @@
+"""The driver's handle on the student: a verl RayWorkerGroup of any size behind a few verbs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup
+from verl.utils.device import get_device_name
+
+from opd.config import Config
+from opd.remote import wait
+from opd.types import Batch
+from trainers.cluster import StudentPool, free_address
+from trainers.worker import StudentWorker
+
+
+@dataclass
+class RolloutRefs:
+    """A rollout as the driver sees it: which utterances each rank has, and references to its micro-batches."""
+
+    shards: list[Batch]
+    refs: list[list[Any]]
+    texts: list[str]
+    bad: list[tuple[str, str, str]]
+    sums: dict[str, int]
+
+
+class StudentGroup(RayWorkerGroup):
+    """verl's worker group; the rendezvous address is found without asking Ray for a whole CPU."""
+
+    def __init__(self, *args: Any, timeout_s: float, **kwargs: Any) -> None:
+        self._timeout_s = timeout_s
+        super().__init__(*args, **kwargs)
+
+    def _get_master_addr_port(self, pg: Any, bundle_index: int = 0, master_port_range: Any = None) -> None:
+        strategy = PlacementGroupSchedulingStrategy(placement_group=pg, placement_group_bundle_index=bundle_index)
+        address = free_address.options(scheduling_strategy=strategy).remote()
+        self._master_addr, self._master_port = wait(address, "an address for the ranks to meet", self._timeout_s)
+
+
+class Student:
+    """All ranks of the student. Every call has a limit and says what was waited for when it is over."""
+
+    def __init__(self, config: Config, path: str) -> None:
+        self.config = config
+        worker = RayClassWithInitArgs(cls=ray.remote(StudentWorker), config=config.to_dict(), path=path)
+        worker.update_options({"num_cpus": config.cluster.cpus_per_rank})
+        self.group = StudentGroup(
+            StudentPool(config.cluster), worker, device_name=get_device_name(), timeout_s=config.cluster.start_timeout_s
+        )
+        self._setup = self.group.setup()
+
+    def wait_ready(self) -> list[dict[str, Any]]:
+        """Facts of each rank once all have built the student."""
+        return wait(self._setup, "the student's ranks to start", self.config.cluster.start_timeout_s)
+
+    def _call(self, refs: list[Any], what: str) -> list[Any]:
+        return wait(refs, what, self.config.cluster.call_timeout_s)
+
+    def _shards(self, utterances: Batch) -> list[Batch]:
+        """Contiguous shards whose sizes differ by at most one."""
+        ranks = self.group.world_size
+        bounds = [len(utterances) * rank // ranks for rank in range(ranks + 1)]
+        return [utterances[low:high] for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
+
+    def generate(self, batch: Batch, step: int) -> RolloutRefs:
+        """The student's responses to a global batch."""
+        shards = self._shards(batch)
+        results = self._call(self.group.generate(shards, [step] * len(shards)), f"the rollout of step {step}")
+        return RolloutRefs(
+            shards=shards,
+            refs=[result["refs"] for result in results],
+            texts=[text for result in results for text in result["texts"]],
+            bad=[entry for result in results for entry in result["bad"]],
+            sums={name: sum(result["sums"][name] for result in results) for name in results[0]["sums"]},
+        )
+
+    def update(self, rollout: RolloutRefs, scores: list[list[Any]], step: int) -> dict[str, float]:
+        """One optimizer step of on-policy distillation; sums over all ranks for the metrics."""
+        refs = self.group.update_opd(rollout.shards, rollout.refs, scores)
+        return self._call(refs, f"the update of step {step}")[0]
+
+    def update_sft(self, batch: Batch, step: int) -> dict[str, Any]:
+        """One optimizer step on references; sums over all ranks for the metrics, and the bad audio of all."""
+        results = self._call(self.group.update_sft(self._shards(batch)), f"the update of step {step}")
+        return results[0] | {"bad": [entry for result in results for entry in result["bad"]]}
+
+    def transcribe(self, utterances: Batch) -> list[str | None]:
+        """Greedy transcripts in order; None for bad audio that is skipped."""
+        # Interleaved, so that a set sorted by length loads the ranks evenly.
+        ranks = self.group.world_size
+        results = self._call(self.group.transcribe([utterances[r::ranks] for r in range(ranks)]), "an evaluation")
+        texts: list[str | None] = [None] * len(utterances)
+        for rank, part in enumerate(results):
+            texts[rank::ranks] = part
+        return texts
+
+    def save(self, path: Path) -> None:
+        self._call(self.group.save(str(path)), f"a checkpoint into {path}")
+
+    def load(self, path: Path) -> None:
+        self._call(self.group.load(str(path)), f"the checkpoint {path}")
+
+    def export(self, out_dir: Path) -> None:
+        self._call(self.group.export(str(out_dir)), f"the export into {out_dir}")
+
+    def round_weights(self) -> None:
+        self._call(self.group.round_weights(), "rounding the weights")

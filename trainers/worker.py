@@ -1,0 +1,214 @@
+"""The student's worker: one rank of a verl worker group. Reads its own audio, writes rollouts, trains, saves.
+
+Rollouts and scores come and go as references to dictionaries of tensors; the driver never holds a tensor.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import torch.distributed as dist
+from verl.single_controller.base import Worker
+from verl.single_controller.base.decorator import Dispatch, register
+from verl.utils.device import get_device_id, get_device_name
+from verl.workers.engine.base import EngineRegistry
+
+import trainers.fsdp2  # noqa: F401  registers the engine
+from data.collate import Collator
+from opd.arkasr import blocked_token_ids, load_processor
+from opd.config import config_from_dict
+from opd.export import save_arkasr
+from opd.rollout.decode import decode, split, uniforms
+from opd.types import Batch, Rollout, TeacherScore
+from opd.vocab import blocked_mask
+from trainers.base_engine import NonFiniteError, init_process_group
+from trainers.fsdp2 import MODEL_TYPE
+from trainers.objectives import opd_micro_batch, opd_objective, sft_micro_batch, sft_objective
+
+
+class StudentWorker(Worker):
+    """One rank of the student. Methods that take lists of length world_size get their own element of each list."""
+
+    def __init__(self, config: dict[str, Any], path: str) -> None:
+        super().__init__()
+        self.config = config_from_dict(config)
+        self.path = path
+        self._kept: tuple[list[str], dict[str, torch.Tensor]] | None = None
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    def setup(self) -> dict[str, Any]:
+        """Joins the other ranks and builds the student. Returns facts for the log, among them where the time went."""
+        began = time.perf_counter()
+        torch.set_num_threads(self.config.cluster.threads_per_rank)
+        np.random.seed(self.config.seed)
+        init_process_group(self.config.cluster.collective_timeout_s, self.config.cluster.use_gpu)
+        joined = time.perf_counter()
+        self.processor = load_processor(self.path)
+        self.engine = EngineRegistry.new(MODEL_TYPE, self.config.engine, config=self.config, path=self.path)
+        self.engine.initialize()
+        tokenizer = self.processor.tokenizer
+        vocab_size = self.engine.model_config.vocab_size
+        self.eos_id, self.pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+        self.blocked_V = blocked_mask(blocked_token_ids(tokenizer, vocab_size, self.eos_id), vocab_size).to(self.device)
+        self.collator = Collator(max_seconds=self.config.data.max_seconds, on_bad_audio=self.config.data.on_bad_audio)
+        parameters = list(self.engine.module.parameters())
+        return {
+            "rank": self.rank,
+            "pid": os.getpid(),
+            "num_parameters": sum(p.numel() for p in parameters),
+            "num_trained": sum(p.numel() for p in parameters if p.requires_grad),
+            "seconds_join": joined - began,
+            "seconds_build": time.perf_counter() - joined,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        name = get_device_name()
+        return torch.device(name) if name == "cpu" else torch.device(name, get_device_id())
+
+    # -- rollout ---------------------------------------------------------------------------------------------------
+
+    @register(dispatch_mode=Dispatch.ALL_TO_ALL, blocking=False)
+    def generate(self, shard: Batch, step: int) -> dict[str, Any]:
+        """The student writes a response to each utterance of its shard.
+
+        Returns references to micro-batches of the rollout, the texts, and what audio was bad.
+        """
+        inputs, bad = self._prompts(shard)
+        config = self.config.rollout
+        rollout = self._decode(inputs, shard, bad, config.temperature, step)
+        parts = split(rollout, self.config.train.micro_batch_size)
+        return {
+            "refs": [ray.put(part.to_dict()) for part in parts],
+            "texts": self._texts(rollout),
+            "bad": [(error.utterance_id, error.path, error.reason) for error in bad],
+            "sums": {
+                "tokens": int(rollout.response_mask_BT.sum()),
+                "finished": int(rollout.finished_B.sum()),
+                "looped": int((rollout.loop_start_B < rollout.response_ids_BT.shape[1]).sum()),
+                "empty": int((rollout.response_mask_BT.sum(1) == 1).logical_and(rollout.finished_B).sum()),
+            },
+        }
+
+    @register(dispatch_mode=Dispatch.ALL_TO_ALL, blocking=False)
+    def transcribe(self, shard: Batch) -> list[str | None]:
+        """Greedy transcripts in the order of the shard; None where the audio is bad and the policy is to skip it."""
+        texts: list[str | None] = []
+        size = self.config.eval.batch_size
+        with self.engine.generation_mode():
+            for start in range(0, len(shard), size):
+                batch = shard[start : start + size]
+                inputs, bad = self._prompts(batch, keep=False)
+                rollout = self._decode(inputs, batch, bad, 0.0, 0, gathered=True)
+                skipped = rollout.bad_audio_B.tolist()
+                texts += [None if s else text for s, text in zip(skipped, self._texts(rollout), strict=True)]
+        return texts
+
+    def _decode(
+        self, inputs: dict, shard: Batch, bad: list, temperature: float, step: int, gathered: bool = False
+    ) -> Rollout:
+        bad_ids = {error.utterance_id for error in bad}
+        config = self.config.rollout
+        arguments = {
+            "eos_id": self.eos_id,
+            "pad_id": self.pad_id,
+            "blocked_V": self.blocked_V,
+            "max_new_tokens": config.max_new_tokens,
+            "top_k": self.config.loss.top_k,
+            "temperature": temperature,
+            "max_repeats": config.max_repeats,
+            "bad_audio_B": torch.tensor([u.id in bad_ids for u in shard], dtype=torch.bool),
+        }
+        if temperature > 0:
+            ids = [u.id for u in shard]
+            arguments["uniforms_BT"] = uniforms(self.config.seed, step, ids, config.max_new_tokens)
+        if gathered:
+            return decode(self.engine.generate_forward, inputs, **arguments)
+        with self.engine.generation_mode():
+            return decode(self.engine.generate_forward, inputs, **arguments)
+
+    def _prompts(self, shard: Batch, keep: bool = True) -> tuple[dict[str, torch.Tensor], list]:
+        """Model inputs of the shard's prompts, left-padded. Kept until the update of the same step."""
+        waveforms, bad = self.collator.collate(shard)
+        inputs = {name: tensor.to(self.device) for name, tensor in self.processor.build_inputs(waveforms).items()}
+        if keep:
+            self._kept = ([u.id for u in shard], inputs)
+        return inputs, bad
+
+    def _texts(self, rollout: Rollout) -> list[str]:
+        rows = zip(rollout.response_ids_BT.tolist(), rollout.response_mask_BT.tolist(), strict=True)
+        return [self.processor.clean_text([i for i, kept in zip(ids, mask, strict=True) if kept]) for ids, mask in rows]
+
+    # -- update ----------------------------------------------------------------------------------------------------
+
+    @register(dispatch_mode=Dispatch.ALL_TO_ALL, blocking=False)
+    def update_opd(self, shard: Batch, rollouts: list, scores: list) -> dict[str, float]:
+        """One optimizer step on the rollouts that this rank wrote and the teacher scored (lists of references)."""
+        assert self._kept is not None and self._kept[0] == [u.id for u in shard], "update follows its own rollout"
+        inputs = self._kept[1]
+        size = self.config.train.micro_batch_size
+        micros = []
+        for index, (rollout, score) in enumerate(zip(ray.get(rollouts), ray.get(scores), strict=True)):
+            rows = slice(index * size, (index + 1) * size)
+            micros.append(
+                opd_micro_batch(
+                    inputs, rows, Rollout.from_dict(rollout), TeacherScore.from_dict(score), self.config.rollout,
+                    self.device,
+                )  # fmt: skip
+            )
+        return self._step(micros, opd_objective(self.config.loss, self.blocked_V, self.eos_id), shard)
+
+    @register(dispatch_mode=Dispatch.ALL_TO_ALL, blocking=False)
+    def update_sft(self, shard: Batch) -> dict[str, Any]:
+        """One optimizer step on the references of the shard."""
+        inputs, bad = self._prompts(shard)
+        bad_ids = {error.utterance_id for error in bad}
+        size = self.config.train.micro_batch_size
+        micros = []
+        for start in range(0, len(shard), size):
+            texts = [None if u.id in bad_ids else u.text for u in shard[start : start + size]]
+            micros.append(sft_micro_batch(inputs, slice(start, start + size), texts, self.processor.tokenizer))
+        metrics: dict[str, Any] = self._step(micros, sft_objective(self.config.loss, self.blocked_V, self.pad_id), shard)
+        metrics["bad"] = [(error.utterance_id, error.path, error.reason) for error in bad]
+        return metrics
+
+    def _step(self, micros: list, objective: Any, shard: Batch) -> dict[str, float]:
+        try:
+            with self.engine.train_mode():
+                return self.engine.train_batch(micros, objective)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{error}; utterances of rank {self.rank}: {', '.join(u.id for u in shard)}") from error
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    def save(self, path: str) -> None:
+        """Writes this rank's part of a checkpoint into a folder that the driver commits afterwards."""
+        self.engine.save_checkpoint(path)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    def load(self, path: str) -> None:
+        """Restores model, optimizer, schedule and random state."""
+        self.engine.load_checkpoint(path)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    def export(self, out_dir: str) -> None:
+        """Rank 0 writes the student as a Hugging Face folder in export.dtype."""
+        state = self.engine.full_state_dict()
+        if self.rank == 0:
+            save_arkasr(
+                state, self.engine.model_config, self.processor, Path(out_dir),
+                dtype=self.config.export.dtype, with_code=self.config.export.code,
+            )  # fmt: skip
+        dist.barrier()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    def round_weights(self) -> None:
+        """Rounds the weights to export.dtype, for the final evaluation. No training after this."""
+        self.engine.round_weights(self.config.export.dtype)
