@@ -75,7 +75,8 @@ UNSEEN_VOICES: tuple[Voice, ...] = _voices(
 FEW_LABEL_VOICES: tuple[Voice, ...] = tuple(
     voice
     for voice in TRAINING_VOICES
-    if voice.name in {"m1-calm", "m2-lively", "m3-calm", "m4-lively", "f1-calm", "f2-lively", "f3-calm", "f4-lively"}
+    if voice.variant in {"m1", "m2", "m3", "m4", "m5", "m6", "f1", "f2", "f3", "f4"}
+    and voice.name.endswith("-calm" if voice.variant[1] in "135" else "-lively")
 )
 
 
@@ -94,8 +95,8 @@ class DigitSet:
 DIGITS_NAME = "digits-v1"
 SETS: dict[str, DigitSet] = {
     "labelled": DigitSet(seed=11, num_utterances=4_000, num_short=1_000),
-    "few_labels": DigitSet(seed=12, num_utterances=600, num_short=200, voices=FEW_LABEL_VOICES),
-    "unlabelled": DigitSet(seed=13, num_utterances=12_000, with_text=False),
+    "few_labels": DigitSet(seed=12, num_utterances=1_000, num_short=200, voices=FEW_LABEL_VOICES),
+    "unlabelled": DigitSet(seed=13, num_utterances=8_000, with_text=False),
     "seen_voices": DigitSet(seed=14, num_utterances=800),
     "unseen_voices": DigitSet(seed=15, num_utterances=1_000, voices=UNSEEN_VOICES),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+import yaml
 from safetensors.torch import save_file
 
 from opd.arkasr import (
@@ -239,4 +241,72 @@ def _table(head: tuple[str, ...], rows: Any) -> str:
     return "\n".join(lines)
 
 
-__all__ = ["load_model", "load_processor", "save_arkasr", "write_model_card"]
+# -- python -m opd.export run_dir=... [step=...] [out_dir=...] -----------------------------------------------------------
+
+
+def export_checkpoint(
+    run_dir: str | os.PathLike, step: int | None = None, out_dir: str | os.PathLike | None = None
+) -> Path:
+    """Exports a checkpoint of a run in one process, without Ray; returns the folder.
+
+    step     of a complete checkpoint, by default the newest; out_dir by default <run_dir>/export
+    Raises ValueError where there is no such run or checkpoint, naming the steps there are.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    run_dir = Path(run_dir).expanduser().resolve()
+    if not (run_dir / "config.yaml").is_file():
+        raise ValueError(f"run_dir={run_dir}: there is no run here (no config.yaml)")
+    config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    steps = sorted(int(p.parent.name.removeprefix("step-")) for p in run_dir.glob("checkpoints/step-*/COMPLETE"))
+    if not steps or (step is not None and step not in steps):
+        raise ValueError(f"run_dir={run_dir}: no complete checkpoint of step {step}; there are {steps or 'none'}")
+    step = steps[-1] if step is None else step
+    start = config["student"]["path"] or str(run_dir / "init")
+    model, processor = load_model(start), load_processor(start)
+    # As the engine names them: the model is a member of what is trained.
+    state = {"model": {f"model.{name}": tensor for name, tensor in model.state_dict().items()}}
+    dcp.load(state, checkpoint_id=run_dir / "checkpoints" / f"step-{step:06d}" / "state", no_dist=True)
+    weights = {name.removeprefix("model."): tensor for name, tensor in state["model"].items()}
+    export = config["export"]
+    target = Path(out_dir) if out_dir else run_dir / "export"
+    save_arkasr(weights, model.config, processor, target, export["dtype"], export["code"])
+    write_model_card(target, {"recipe": config["recipe"], "stage": config["stage"], "step": step, "config": config})
+    return target
+
+
+def push(folder: str | os.PathLike, repository: str) -> None:
+    """Uploads an export to a Hub repository, made where it is missing. Needs a token (HF_TOKEN or `hf auth login`)."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(repository, exist_ok=True)
+    api.upload_folder(folder_path=os.fspath(folder), repo_id=repository, commit_message="Export")
+
+
+def main(argv: list[str]) -> int:
+    """Command line; returns the exit status."""
+    known = ("run_dir", "step", "out_dir", "push_to")
+    try:
+        arguments = dict(argument.partition("=")[::2] for argument in argv)
+        if unknown := [name for name in arguments if name not in known]:
+            raise ValueError(f"unknown argument {unknown[0]}; there are {', '.join(f'{name}=...' for name in known)}")
+        if not arguments.get("run_dir"):
+            raise ValueError("run_dir=... is missing: the run directory to export from")
+        step = arguments.get("step")
+        if step is not None and not step.isdigit():
+            raise ValueError(f"step={step}: must be a whole number, the step of a checkpoint")
+        folder = export_checkpoint(arguments["run_dir"], int(step) if step else None, arguments.get("out_dir"))
+        print(f"export: {folder}")
+        if arguments.get("push_to"):
+            push(folder, arguments["push_to"])
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+__all__ = ["export_checkpoint", "load_model", "load_processor", "push", "save_arkasr", "write_model_card"]
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -249,7 +249,7 @@ def _diagnostics(log_p_NO: torch.Tensor, log_q_NO: torch.Tensor, valid_NO: torch
     """What is logged of a support: its size, overlap |S n T| / k (the smaller k), each side's mass on it. (N,) each."""
     valid_NU = valid_NO[:, :-1]
     student_NK, teacher_NK = fields["candidate_ids_NC"][:, :-NUM_EXTRA], fields["topk_ids_BTK"]
-    in_both_NK = (teacher_NK[:, :, None] == student_NK[:, None, :]).any(-1) & (teacher_NK >= 0)
+    in_both_NK = (teacher_NK[:, :, None] == student_NK[:, None, :]).any(-1)
     least_k = max(1, min(student_NK.shape[1], teacher_NK.shape[1]))
     dtype = log_q_NO.dtype
     return {

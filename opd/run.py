@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-
 from data.manifest import read_manifest
 from data.sampler import EpochSampler
 from opd.checkpoint import RunDir
@@ -90,9 +89,7 @@ class Run:
             self.utterances = read_manifest(
                 data.train_manifest, require_text=config.stage == "sft", default_language=data.default_language
             )
-            self.eval_sets = {
-                name: self._eval_set(path) for name, path in data.eval_manifests.items()
-            }
+            self.eval_sets = {name: self._eval_set(path) for name, path in data.eval_manifests.items()}
             self.sampler = self._sampler()
         if self.step:
             self.sampler.load_state_dict(self.state["sampler"])
@@ -211,7 +208,9 @@ class Run:
         }
         bad_ids = self._note_bad(rollout.bad, size)
         known = [
-            (u, text) for u, text in zip(batch, rollout.texts, strict=True) if u.text is not None and u.id not in bad_ids
+            (u, text)
+            for u, text in zip(batch, rollout.texts, strict=True)
+            if u.text is not None and u.id not in bad_ids
         ]
         if known:
             metrics["rollout/wer"] = score_transcripts(
@@ -262,7 +261,9 @@ class Run:
         if bad:
             with open(self.dir.path / "bad_audio.jsonl", "a", encoding="utf-8") as file:
                 for utterance_id, path, reason in bad:
-                    file.write(json.dumps({"id": utterance_id, "audio": path, "reason": reason, "step": self.step}) + "\n")
+                    file.write(
+                        json.dumps({"id": utterance_id, "audio": path, "reason": reason, "step": self.step}) + "\n"
+                    )
             share = self.state["bad_audio"] / self.state["seen"]
             # A share means little before some utterances were seen.
             if self.state["seen"] >= 100 and share > self.config.data.max_bad_share:
@@ -400,5 +401,3 @@ class Run:
         print_table(summary)
         print(f"run: {self.dir.path}\nexport: {summary['export_dir']}")
         return summary
-
-

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,8 @@ def create_seed(
 def train_tokenizer(corpus: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of at most vocab_size tokens, ARK-ASR's control tokens last.
 
-    Each word is also trained on by itself, so that it becomes one token both at the start of a text and after a space.
+    Each word is also trained on by itself, with and without a space before it, so that it becomes one token wherever in
+    a text it stands.
     """
     room = vocab_size - len(ADDED_TOKENS)
     if room < NUM_BYTES:
@@ -73,7 +74,7 @@ def train_tokenizer(corpus: Sequence[str], vocab_size: int) -> PreTrainedTokeniz
     trainer = trainers.BpeTrainer(
         vocab_size=room, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
-    tokenizer.train_from_iterator((line for text in texts for line in (text, *text.split())), trainer)
+    tokenizer.train_from_iterator(_with_words(texts), trainer)
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=t != AUDIO_TOKEN) for t in ADDED_TOKENS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -84,3 +85,11 @@ def train_tokenizer(corpus: Sequence[str], vocab_size: int) -> PreTrainedTokeniz
         clean_up_tokenization_spaces=False,
         padding_side="left",
     )
+
+
+def _with_words(texts: Sequence[str]) -> Iterator[str]:
+    for text in texts:
+        yield text
+        for word in text.split():
+            yield word
+            yield " " + word

@@ -53,9 +53,11 @@ def test_imports_go_one_way(module: str) -> None:
         assert "ray" not in tops
     if top(module) == "data":
         assert all(within(name, {"data", "opd.types", "opd.text", "opd"}) for name in own)
-        assert not {n for n in own if within(n, {"opd"})} - {"opd"} - {
-            n for n in own if within(n, {"opd.types", "opd.text"})
-        }
+        assert (
+            not {n for n in own if within(n, {"opd"})}
+            - {"opd"}
+            - {n for n in own if within(n, {"opd.types", "opd.text"})}
+        )
         assert not tops & {"transformers", "verl", "ray"}
     if module in {"opd.losses", "opd.support", "opd.vocab"}:
         assert all(within(name, {"opd.types", "opd.support"}) for name in own)

@@ -228,7 +228,10 @@ class StudentEngine(BaseEngine):
 
     @abstractmethod
     def full_state_dict(self) -> dict[str, torch.Tensor]:
-        """The student's whole state dict (float32, CPU) on rank 0, an empty one elsewhere. A collective."""
+        """The student's whole state dict (float32, CPU) on rank 0, an empty one elsewhere. A collective.
+
+        On one rank it shares memory with the parameters.
+        """
 
     def get_per_tensor_param(self) -> tuple[Any, None]:
         return iter(self.full_state_dict().items()), None

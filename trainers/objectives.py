@@ -119,7 +119,9 @@ def sft_micro_batch(
 ) -> MicroBatch:
     """References as a micro-batch: text followed by EOS. A text of None (bad audio) trains nothing."""
     eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] + [eos_id] if text is not None else [] for text in texts]
+    ids = [
+        tokenizer(text, add_special_tokens=False)["input_ids"] + [eos_id] if text is not None else [] for text in texts
+    ]
     length = max(1, max(len(row) for row in ids))
     ids_BT = torch.tensor([row + [pad_id] * (length - len(row)) for row in ids])
     mask_BT = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in ids])
@@ -153,9 +155,7 @@ def _response_logits(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Logits that predict each response position (B, T, V), and the CTC head's output where asked for."""
     length = micro.trained_BT.shape[1]
-    out, ctc_BFV, frame_mask_BF = module(
-        with_ctc=with_ctc, **micro.inputs, use_cache=False, logits_to_keep=length + 1
-    )
+    out, ctc_BFV, frame_mask_BF = module(with_ctc=with_ctc, **micro.inputs, use_cache=False, logits_to_keep=length + 1)
     return out.logits[:, :-1], ctc_BFV, frame_mask_BF
 
 

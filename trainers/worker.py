@@ -158,7 +158,11 @@ class StudentWorker(Worker):
             rows = slice(index * size, (index + 1) * size)
             micros.append(
                 opd_micro_batch(
-                    inputs, rows, Rollout.from_dict(rollout), TeacherScore.from_dict(score), self.config.rollout,
+                    inputs,
+                    rows,
+                    Rollout.from_dict(rollout),
+                    TeacherScore.from_dict(score),
+                    self.config.rollout,
                     self.device,
                 )  # fmt: skip
             )
@@ -174,7 +178,9 @@ class StudentWorker(Worker):
         for start in range(0, len(shard), size):
             texts = [None if u.id in bad_ids else u.text for u in shard[start : start + size]]
             micros.append(sft_micro_batch(inputs, slice(start, start + size), texts, self.processor.tokenizer))
-        metrics: dict[str, Any] = self._step(micros, sft_objective(self.config.loss, self.blocked_V, self.pad_id), shard)
+        metrics: dict[str, Any] = self._step(
+            micros, sft_objective(self.config.loss, self.blocked_V, self.pad_id), shard
+        )
         metrics["bad"] = [(error.utterance_id, error.path, error.reason) for error in bad]
         return metrics
 
@@ -183,7 +189,9 @@ class StudentWorker(Worker):
             with self.engine.train_mode():
                 return self.engine.train_batch(micros, objective)
         except NonFiniteError as error:
-            raise NonFiniteError(f"{error}; utterances of rank {self.rank}: {', '.join(u.id for u in shard)}") from error
+            raise NonFiniteError(
+                f"{error}; utterances of rank {self.rank}: {', '.join(u.id for u in shard)}"
+            ) from error
 
     # -- state -----------------------------------------------------------------------------------------------------
 

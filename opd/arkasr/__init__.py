@@ -41,7 +41,7 @@ def load_model(
         name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
     problems = [
-        f"{what}: {', '.join(str(key) for key in sorted(info[kind]))}"
+        f"{what}: {', '.join(sorted(key if isinstance(key, str) else key[0] for key in info[kind]))}"
         for what, kind in (
             ("missing", "missing_keys"),
             ("unexpected", "unexpected_keys"),

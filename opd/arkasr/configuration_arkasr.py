@@ -67,7 +67,7 @@ class ArkasrConfig(Qwen2Config):
         if merge_factor < 1:
             raise ValueError(f"config: merge_factor={merge_factor} must be at least 1")
         # Before super(): transformers hands the attention implementation on to the sub-configs that are there.
-        self.whisper_config = whisper_config
+        self.whisper_config: Any = whisper_config
         self.merge_factor = merge_factor
         self.audio_token_id = audio_token_id
         self.adapter_type = adapter_type

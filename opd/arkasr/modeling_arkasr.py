@@ -57,8 +57,8 @@ class ArkasrForConditionalGeneration(Qwen2ForCausalLM):
             inputs_embeds = self._embed(input_ids, inputs_embeds, audios, audio_mask, audio_frames)
             input_ids = None
         if position_ids is None and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-            length = (inputs_embeds if input_ids is None else input_ids).shape[1]
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+            given: Any = inputs_embeds if input_ids is None else input_ids
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -given.shape[1] :]
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,

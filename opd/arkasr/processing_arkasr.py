@@ -146,7 +146,7 @@ class ArkasrProcessor(ProcessorMixin):
         Returns input_ids, attention_mask (B, L), audios (B, M, F), audio_mask (B, F).
         Raises ValueError for whatever it cannot honour.
         """
-        if refused := [name for name, value in unknown.items() if value is not None]:
+        if refused := [name for name, value in unknown.items() if value is not None and value is not False]:
             raise ValueError(f"apply_chat_template: {', '.join(refused)} cannot be honoured by ARK-ASR; leave out")
         if sampling_rate != self.feature_extractor.sampling_rate:
             raise ValueError(
@@ -155,10 +155,15 @@ class ArkasrProcessor(ProcessorMixin):
             )
         if return_tensors not in ("pt", "np") or not return_dict:
             raise ValueError("apply_chat_template: returns a dictionary of 'pt' or 'np' tensors, nothing else")
+        dtype = str(audio_dtype or self.audio_dtype).removeprefix("torch.")
+        if return_tensors == "np" and dtype == "bfloat16":
+            raise ValueError("audio_dtype: numpy has no bfloat16; pass audio_dtype='float32' or return_tensors='pt'")
         if audio_padding not in ("longest", "max_length"):
             raise ValueError(f"audio_padding={audio_padding!r}: must be 'longest' or 'max_length'")
         side, text_length = _text_options(text_kwargs or {}, padding_side)
-        single = bool(conversation) and isinstance(conversation[0], dict)
+        if not isinstance(conversation, (list, tuple)) or not conversation:
+            raise ValueError("conversation: needs a list of messages, or a list of such lists; it is empty or no list")
+        single = isinstance(conversation[0], dict)
         conversations = [conversation] if single else conversation
         rendered = [
             self._render(messages, add_generation_prompt, f"conversation {index}")
@@ -177,7 +182,6 @@ class ArkasrProcessor(ProcessorMixin):
         if audio_padding == "max_length":
             missing = (audio_max_length or self.feature_extractor.n_samples) // hop - mask_BF.shape[1]
             audios_BMF, mask_BF = (torch.nn.functional.pad(x, (0, missing)) for x in (audios_BMF, mask_BF))
-        dtype = str(audio_dtype or self.audio_dtype).removeprefix("torch.")
         inputs |= {"audios": audios_BMF.to(getattr(torch, dtype)), "audio_mask": mask_BF}
         if return_tensors == "np":
             inputs = {name: tensor.numpy() for name, tensor in inputs.items()}
@@ -211,10 +215,12 @@ class ArkasrProcessor(ProcessorMixin):
                 if part.get("type") == "audio":
                     audio_parts.append(part)
                     pieces.append(BEGIN_AUDIO + self.audio_token + END_AUDIO)
-                elif part.get("type") == "text":
+                elif part.get("type") == "text" and isinstance(part.get("text"), str):
                     pieces.append(self._plain_text(part["text"], where))
                 else:
-                    raise ValueError(f"{where}: part of type {part.get('type')!r}; use 'audio' or 'text'")
+                    raise ValueError(
+                        f"{where}: part of type {part.get('type')!r}; use 'audio', or 'text' with a string under 'text'"
+                    )
             pieces += [END_TURN] * (role == "assistant")
         if len(audio_parts) != 1:
             raise ValueError(f"{where}: {len(audio_parts)} audio parts; ARK-ASR takes exactly one per conversation")

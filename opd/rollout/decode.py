@@ -81,7 +81,9 @@ def decode(
     return _to_rollout(ids, masks, topks, logprobs, eos_id, max_repeats, bad_B)
 
 
-def pick(logits_BV: torch.Tensor, temperature: float, uniform_B: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def pick(
+    logits_BV: torch.Tensor, temperature: float, uniform_B: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The next token of each row and its log-probability under the distribution it was drawn from: (B,), (B,)."""
     if temperature == 0:
         logprobs_BV = logits_BV.log_softmax(-1)

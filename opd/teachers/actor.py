@@ -70,9 +70,7 @@ class TeacherGroup:
             for index, ref in enumerate(refs):
                 worker = self.workers[len(counts) % len(self.workers)]
                 # A top-level argument: Ray brings the dictionary to the worker, past the driver.
-                score, count = worker.score.options(num_returns=2).remote(
-                    shard[index * size : (index + 1) * size], ref
-                )
+                score, count = worker.score.options(num_returns=2).remote(shard[index * size : (index + 1) * size], ref)
                 scores[-1].append(score)
                 counts.append(count)
         done = wait(counts, f"the teacher's scores of step {step}", self.config.cluster.call_timeout_s)

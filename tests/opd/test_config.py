@@ -18,7 +18,9 @@ def test_every_shipped_recipe_loads(name: str) -> None:
 
 
 def test_overrides_win_over_the_recipe() -> None:
-    config = load_config(["recipe=tiny", "optim.lr=1e-4", "data.eval_manifests.mine=a.jsonl", "student.freeze=[encoder]"])
+    config = load_config(
+        ["recipe=tiny", "optim.lr=1e-4", "data.eval_manifests.mine=a.jsonl", "student.freeze=[encoder]"]
+    )
     assert config.optim.lr == pytest.approx(1e-4)
     assert config.data.eval_manifests["mine"] == "a.jsonl"
     assert config.student.freeze == ["encoder"]
@@ -75,4 +77,6 @@ def test_print_config_shows_each_key_with_its_meaning() -> None:
     for f in dataclasses.fields(Config):
         value = getattr(config, f.name)
         for g in dataclasses.fields(value) if dataclasses.is_dataclass(value) else [f]:
-            assert any(line.strip().startswith(f"{g.name}:") and g.metadata["meaning"] in line for line in lines), g.name
+            assert any(line.strip().startswith(f"{g.name}:") and g.metadata["meaning"] in line for line in lines), (
+                g.name
+            )

@@ -87,14 +87,10 @@ def make_scene(vocab_size: int, seed: int = 0, num_positions: int = 7, student_k
     )  # fmt: skip
 
 
-def ours(
-    scene: Scene,
-    keys: Keys,
-    dtype: torch.dtype = torch.float64,
-    rollout_logprobs_N: torch.Tensor | None = None,
-    **options: Any,
+def forward(
+    scene: Scene, keys: Keys, dtype: torch.dtype, rollout_logprobs_N: torch.Tensor | None = None, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Our loss (N,), the gradient of its sum in the student's logits (N, V) and the diagnostics."""
+    """The student's logits as a leaf, our loss (N,) and the diagnostics."""
     topk_NK = scene.allowed_student().topk(scene.student_k).indices
     candidates_NC = candidate_ids(topk_NK, scene.response_ids_N, EOS)
     teacher = score_support(
@@ -103,16 +99,18 @@ def ours(
     )  # fmt: skip
     logits_NV = scene.student_NV.clone().to(dtype).requires_grad_()
     loss_N, diagnostics = position_loss(
-        logits_NV,
-        response_ids_N=scene.response_ids_N,
+        logits_NV, response_ids_N=scene.response_ids_N, candidate_ids_NC=candidates_NC, teacher=teacher, eos_id=EOS,
         rollout_logprobs_N=torch.zeros(len(logits_NV)) if rollout_logprobs_N is None else rollout_logprobs_N,
-        candidate_ids_NC=candidates_NC,
-        teacher=teacher,
-        eos_id=EOS,
-        config=keys,
-        blocked_V=scene.blocked_V(),
-        **options,
-    )
+        config=keys, blocked_V=scene.blocked_V(), **options,
+    )  # fmt: skip
+    return logits_NV, loss_N, diagnostics
+
+
+def ours(
+    scene: Scene, keys: Keys, dtype: torch.dtype = torch.float64, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Our loss (N,), the gradient of its sum in the student's logits (N, V) and the diagnostics."""
+    logits_NV, loss_N, diagnostics = forward(scene, keys, dtype, **options)
     (gradient_NV,) = torch.autograd.grad(loss_N.sum(), logits_NV)
     return loss_N.detach(), gradient_NV, diagnostics
 
@@ -152,14 +150,10 @@ def oracle(scene: Scene, keys: Keys, dtype: torch.dtype = torch.float64) -> tupl
             rest_p = sorted(set(range(len(p_V))) - set(mapped))
             p, q = torch.cat([p, p_V[rest_p].sum()[None]]), torch.cat([q, q_V[rest_q].sum()[None]])
         m = keys.beta * p + (1 - keys.beta) * q
-        value = {
-            "forward_kl": lambda p=p, q=q: (p * (p / q).log()).sum(),
-            "full_kl": lambda p=p, q=q: (p * (p / q).log()).sum(),
-            "reverse_kl": lambda p=p, q=q: (q * (q / p).log()).sum(),
-            "jsd": lambda p=p, q=q, m=m: (
-                keys.beta * (p * (p / m).log()).sum() + (1 - keys.beta) * (q * (q / m).log()).sum()
-            ),
-        }[keys.kind]()
+        first, second = {"reverse_kl": (q, p), "jsd": (p, m)}.get(keys.kind, (p, q))
+        value = (first * (first / second).log()).sum()
+        if keys.kind == "jsd":
+            value = keys.beta * value + (1 - keys.beta) * (q * (q / m).log()).sum()
         losses.append(keys.temperature**2 * value)
     loss_N = torch.stack(losses)
     (gradient_NV,) = torch.autograd.grad(loss_N.sum(), logits_NV)
@@ -286,20 +280,17 @@ def test_chunks_change_nothing(kind: str) -> None:
         torch.testing.assert_close(value, parts[2][name])
 
 
-def test_the_backward_pass_keeps_no_float32_copy_of_the_batch() -> None:
-    """What autograd holds on to between forward and backward is less than one (N, V) tensor beside the logits."""
-    num_positions, size = 64, 500
-    scene = make_scene(size, num_positions=num_positions)
-    held: dict[int, int] = {}
+@pytest.mark.parametrize("kind", [*LOSSES, "sampled_kl"])
+def test_no_float32_copy_of_the_batch_is_held_for_the_backward_pass(kind: str) -> None:
+    scene = make_scene(500, num_positions=64)
+    held: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        held[tensor.untyped_storage().data_ptr()] = tensor.numel()
-        return tensor
+        return held.setdefault(tensor.untyped_storage().data_ptr(), tensor)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        ours(scene, Keys(chunk_size=8), torch.float32)
-    assert held  # the hooks see the recomputation too: one chunk's copies at a time
-    assert max(held.values()) <= 8 * (size + 1)
+        forward(scene, Keys(kind, chunk_size=8), torch.float32)
+    assert sum(tensor.numel() for tensor in held.values()) < 64 * 500
 
 
 def test_micro_batches_of_one_sum_to_the_batch() -> None:
@@ -412,23 +403,15 @@ def test_diagnostics() -> None:
     ("keys", "message"),
     [
         (Keys("k3"), "loss.kind=k3"),
-        (Keys(support="both"), "loss.support=both"),
         (Keys("jsd", beta=1.0), "loss.beta=1"),
         (Keys("sampled_kl", renormalize=True), "loss.renormalize"),
+        (Keys("full_kl"), "full_logprobs"),
     ],
     ids=str,
 )
 def test_keys_that_cannot_be_run_are_refused(keys: Keys, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ours(make_scene(50), keys)
-
-
-def test_full_kl_needs_the_full_score() -> None:
-    scene = make_scene(50)
-    candidates_NC = candidate_ids(scene.allowed_student().topk(5).indices, scene.response_ids_N, EOS)
-    teacher = score_support(scene.allowed_teacher(), candidates_NC, scene.token_map(), top_k=9)
-    with pytest.raises(ValueError, match="full_logprobs"):
         position_loss(
-            scene.student_NV, response_ids_N=scene.response_ids_N, rollout_logprobs_N=torch.zeros(7), teacher=teacher,
-            candidate_ids_NC=candidates_NC, eos_id=EOS, config=Keys("full_kl"),
+            torch.zeros(1, 5), response_ids_N=torch.zeros(1), rollout_logprobs_N=torch.zeros(1), teacher={},
+            candidate_ids_NC=torch.zeros(1, 3), eos_id=EOS, config=keys,
         )  # fmt: skip

@@ -76,6 +76,15 @@ def test_eos_maps_to_eos_and_other_control_tokens_to_nothing(
     assert token_map.student_to_teacher[student.convert_tokens_to_ids("<|audio|>")] == -1  # both have the string
 
 
+def test_eos_is_a_role_also_where_the_tokenizer_calls_it_ordinary(
+    student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFast
+) -> None:
+    q, z = student.convert_tokens_to_ids("q"), teacher.convert_tokens_to_ids("z")
+    token_map = TokenMap.build(student, teacher, 300, 320, student_eos_id=q, teacher_eos_id=z)
+    assert token_map.student_to_teacher[q] == z
+    assert token_map.teacher_to_student[teacher.convert_tokens_to_ids("q")] == -1
+
+
 def test_blocked_ids_do_not_map(student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFast) -> None:
     a, b = student.convert_tokens_to_ids("a"), teacher.convert_tokens_to_ids("b")
     token_map = TokenMap.build(

@@ -68,9 +68,7 @@ def test_logprobs_and_topk_are_those_of_a_full_forward(setup, waveforms: list[np
     torch.testing.assert_close(rollout.logprobs_BT[mask], expected[mask], atol=1e-4, rtol=0)
     assert torch.equal(rollout.topk_ids_BTK[mask][:, 0], rollout.response_ids_BT[mask])
     top = logprobs_BTV.topk(5, -1).values
-    torch.testing.assert_close(
-        logprobs_BTV.gather(-1, rollout.topk_ids_BTK)[mask], top[mask], atol=1e-4, rtol=0
-    )
+    torch.testing.assert_close(logprobs_BTV.gather(-1, rollout.topk_ids_BTK)[mask], top[mask], atol=1e-4, rtol=0)
 
 
 def test_control_tokens_are_never_written(setup, waveforms: list[np.ndarray]) -> None:

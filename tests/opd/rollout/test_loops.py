@@ -22,6 +22,7 @@ from opd.rollout.loops import find_loop
         ([4, 4, 4, 9, 6, 6, 6, 6, 6], 3, 5),  # the first run is short enough
         ([1, 2, 3, 1, 2, 3, 7, 7, 7], 2, 7),
         ([3, 3], 1, 1),
+        ([1] * 10, 2, 1),  # a loop of 2-grams and 3-grams too, which begin later
     ],
 )
 def test_find_loop(ids: list[int], max_repeats: int, expected: int | None) -> None:

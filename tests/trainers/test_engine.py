@@ -1,0 +1,285 @@
+"""The FSDP2 engine on real ranks: the same step however it is spread, exact resumption, nothing half-updated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks  # sets the environment that verl is imported under
+from tiny import CORPUS, SIZES
+
+from data.collate import Collator
+from data.manifest import read_manifest
+from opd.arkasr import blocked_token_ids, load_model, load_processor
+from opd.config import Config, config_from_dict
+from opd.rollout.decode import decode, split
+from opd.seed import create_seed
+from opd.teachers.arkasr import ArkasrTeacher
+from opd.types import Rollout, TeacherScore
+from opd.vocab import blocked_mask
+from trainers.base_engine import NonFiniteError, learning_rate_factor
+from trainers.fsdp2 import FSDP2Engine
+from trainers.objectives import opd_micro_batch, opd_objective, sft_micro_batch, sft_objective
+
+
+class LayeredEngine(FSDP2Engine):
+    """Every layer a group of its own, as at full size."""
+
+    min_group_numel = 1
+
+
+def make_config(path: Path, stage: str = "sft", **sections: dict[str, Any]) -> Config:
+    values: dict[str, Any] = {
+        "recipe": "test",
+        "stage": stage,
+        "student": {"path": str(path)},
+        "teacher": {"path": str(path)},
+        "data": {"train_manifest": "none"},
+        "optim": {"lr": 1e-3, "warmup_steps": 1, "lr_schedule": "constant"},
+        "train": {"num_steps": 10},
+        "rollout": {"max_new_tokens": 10},
+        "loss": {"top_k": 8, "ctc_weight": 0.5 if stage == "sft" else 0.0},
+    }
+    for name, keys in sections.items():
+        values[name] = values.get(name, {}) | keys
+    return config_from_dict(values)
+
+
+def start(config: Config, engine_class: type = FSDP2Engine) -> Any:
+    engine = engine_class(config, config.student.path)
+    engine.initialize()
+    return engine
+
+
+def sft_step(
+    engine: Any, manifest: Path, micro_size: int, batch: slice = slice(0, 8), spoil: float = 1.0
+) -> dict[str, float]:
+    """One SFT step on this rank's share of a global batch of the manifest, its loss multiplied by `spoil`."""
+    utterances = read_manifest(manifest)[batch]
+    share = len(utterances) // engine.world_size
+    utterances = utterances[engine.rank * share : (engine.rank + 1) * share]
+    processor = load_processor(engine.path)
+    inputs = processor.build_inputs(Collator().collate(utterances)[0])
+    tokenizer = processor.tokenizer
+    blocked_V = blocked_mask(
+        blocked_token_ids(tokenizer, engine.model_config.vocab_size, tokenizer.eos_token_id),
+        engine.model_config.vocab_size,
+    )
+    micros = [
+        sft_micro_batch(inputs, slice(i, i + micro_size), [u.text for u in utterances[i : i + micro_size]], tokenizer)
+        for i in range(0, share, micro_size)
+    ]
+    objective = sft_objective(engine.config.loss, blocked_V, tokenizer.pad_token_id)
+
+    def spoilt(module: Any, micro: Any) -> Any:
+        loss, sums = objective(module, micro)
+        return loss * spoil, sums
+
+    with engine.train_mode():
+        return engine.train_batch(micros, spoilt)
+
+
+def one_step(config: Config, manifest: Path, micro_size: int, engine_class: type) -> tuple[dict, dict]:
+    engine = start(config, engine_class)
+    totals = sft_step(engine, manifest, micro_size)
+    return totals, engine.full_state_dict()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "micro_size", "engine_class"), [(1, 2, FSDP2Engine), (2, 4, LayeredEngine), (2, 1, FSDP2Engine)]
+)
+def test_one_step_is_the_same_however_it_is_spread(
+    tiny_dir: Path, speech: dict[str, Path], ranks: int, micro_size: int, engine_class: type
+) -> None:
+    config = make_config(tiny_dir, optim={"lr": 1e-3, "eps": 1e-3})
+    totals, state = run_ranks(1, one_step, config, speech["train"], 8, FSDP2Engine)[0]
+    other_totals, other_state = run_ranks(ranks, one_step, config, speech["train"], micro_size, engine_class)[0]
+    for name in ("loss", "grad_norm", "positions", "ce", "ctc"):
+        assert other_totals[name] == pytest.approx(totals[name], rel=1e-5), name
+    assert state.keys() == other_state.keys()
+    for name, tensor in state.items():
+        torch.testing.assert_close(other_state[name], tensor, atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def opd_step(config: Config, student_path: Path, manifest: Path, micro_size: int) -> dict[str, float]:
+    """One OPD step of a student against itself or another teacher, in this process group."""
+    engine = start(config)
+    utterances = read_manifest(manifest)[:8]
+    share = len(utterances) // engine.world_size
+    utterances = utterances[engine.rank * share : (engine.rank + 1) * share]
+    processor = load_processor(student_path)
+    tokenizer = processor.tokenizer
+    vocab_size = engine.model_config.vocab_size
+    blocked_V = blocked_mask(blocked_token_ids(tokenizer, vocab_size, tokenizer.eos_token_id), vocab_size)
+    inputs = processor.build_inputs(Collator().collate(utterances)[0])
+    with engine.generation_mode():
+        rollout = decode(
+            engine.generate_forward, inputs, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
+            blocked_V=blocked_V, max_new_tokens=10, top_k=8,
+        )  # fmt: skip
+    teacher = ArkasrTeacher(config.to_dict(), str(student_path))
+    micros = []
+    for index, part in enumerate(split(rollout, micro_size)):
+        rows = slice(index * micro_size, (index + 1) * micro_size)
+        score = teacher.score(utterances[rows], part.to_dict())
+        trained = Rollout.from_dict(part.to_dict())
+        assert torch.equal(trained.response_ids_BT, rollout.response_ids_BT[rows, : part.response_ids_BT.shape[1]])
+        micros.append(
+            opd_micro_batch(inputs, rows, trained, TeacherScore.from_dict(score), config.rollout, torch.device("cpu"))
+        )
+        written = part.response_mask_BT
+        assert torch.equal(
+            micros[-1].inputs["input_ids"][:, -written.shape[1] :][written], part.response_ids_BT[written]
+        )
+    with engine.train_mode():
+        return engine.train_batch(micros, opd_objective(config.loss, blocked_V, tokenizer.eos_token_id))
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd", "full_kl"])
+def test_a_teacher_equal_to_the_student_gives_no_loss(tiny_dir: Path, speech: dict[str, Path], kind: str) -> None:
+    config = make_config(tiny_dir, "opd", loss={"kind": kind, "top_k": 8})
+    totals = run_ranks(1, opd_step, config, tiny_dir, speech["unlabelled"], 4)[0]
+    assert abs(totals["loss"]) < 1e-5
+    assert totals["grad_norm"] < 1e-4
+    assert totals["overlap"] / totals["positions"] == pytest.approx(1.0)
+
+
+def test_opd_step_is_the_same_on_one_and_two_ranks(tiny_dir: Path, speech: dict[str, Path], tmp_path: Path) -> None:
+    other = create_seed(tmp_path / "teacher", sizes=SIZES, corpus=CORPUS, vocab_size=360, seed=9)
+    config = make_config(tiny_dir, "opd", teacher={"path": str(other)})
+    one = run_ranks(1, opd_step, config, tiny_dir, speech["unlabelled"], 8)[0]
+    two = run_ranks(2, opd_step, config, tiny_dir, speech["unlabelled"], 2)[0]
+    assert one["loss"] > 0.01
+    for name in ("loss", "grad_norm", "positions", "support_size", "overlap", "student_mass", "teacher_mass", "ends"):
+        assert two[name] == pytest.approx(one[name], rel=1e-5), name
+
+
+def train_and_save(config: Config, manifest: Path, folder: Path, steps: tuple[int, int]) -> dict[str, torch.Tensor]:
+    engine = start(config)
+    if steps[0]:
+        engine.load_checkpoint(str(folder))
+    for step in range(*steps):
+        sft_step(engine, manifest, 2, slice(step * 8, step * 8 + 8))
+    if folder.exists() and not steps[0]:
+        engine.save_checkpoint(str(folder))
+    return engine.full_state_dict()
+
+
+def test_resumption_is_bit_equal_and_other_ranks_can_load(
+    tiny_dir: Path, speech: dict[str, Path], tmp_path: Path
+) -> None:
+    config = make_config(tiny_dir)
+    unbroken = run_ranks(2, train_and_save, config, speech["train"], tmp_path / "none", (0, 4))[0]
+    run_ranks(2, train_and_save, config, speech["train"], tmp_path, (0, 2))
+    resumed = run_ranks(2, train_and_save, config, speech["train"], tmp_path, (2, 4))[0]
+    for name, tensor in unbroken.items():
+        assert torch.equal(resumed[name], tensor), name
+    on_one_rank = run_ranks(1, train_and_save, config, speech["train"], tmp_path, (2, 4))[0]
+    for name, tensor in unbroken.items():
+        torch.testing.assert_close(on_one_rank[name], tensor, atol=2e-5, rtol=0)
+
+
+def weights(engine: Any) -> dict[str, torch.Tensor]:
+    """A copy: on one rank the engine's own state dict shares memory with the parameters."""
+    return {name: tensor.clone() for name, tensor in engine.full_state_dict().items()}
+
+
+def frozen_step(config: Config, manifest: Path) -> tuple[dict, dict]:
+    engine = start(config)
+    before = weights(engine)
+    sft_step(engine, manifest, 4)
+    return before, engine.full_state_dict()
+
+
+@pytest.mark.parametrize("part", ["encoder", "adapter", "decoder"])
+def test_a_frozen_part_does_not_move(tiny_dir: Path, speech: dict[str, Path], part: str) -> None:
+    config = make_config(tiny_dir, student={"path": str(tiny_dir), "freeze": [part]})
+    before, after = run_ranks(1, frozen_step, config, speech["train"])[0]
+
+    def belongs(name: str) -> str:
+        if name.startswith("audio_encoder.whisper."):
+            return "encoder"
+        return "adapter" if name.startswith("audio_encoder.") else "decoder"
+
+    moved = {belongs(name) for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"encoder", "adapter", "decoder"} - {part}
+
+
+def non_finite(config: Config, manifest: Path) -> tuple[bool, bool]:
+    engine = start(config)
+    before = weights(engine)
+    try:
+        sft_step(engine, manifest, 4, spoil=float("nan") if dist.get_rank() == 0 else 1.0)
+    except NonFiniteError:
+        after = engine.full_state_dict()
+        return True, all(torch.equal(before[name], after[name]) for name in before)
+    return False, False
+
+
+def test_a_gradient_that_is_not_finite_stops_every_rank_with_nothing_updated(
+    tiny_dir: Path, speech: dict[str, Path]
+) -> None:
+    results = run_ranks(2, non_finite, make_config(tiny_dir), speech["train"])
+    assert results[0] == (True, True)
+    assert results[1][0] is True
+
+
+def decode_apart(config: Config, manifest: Path) -> list[list[int]]:
+    """Each rank decodes another number of clips: no rank may wait for the other."""
+    engine = start(config, LayeredEngine)
+    processor = load_processor(engine.path)
+    utterances = read_manifest(manifest)[: 2 + 3 * engine.rank]
+    rows = []
+    with engine.generation_mode():
+        for utterance in utterances:
+            inputs = processor.build_inputs(Collator().collate([utterance])[0])
+            rollout = decode(
+                engine.generate_forward, inputs, eos_id=processor.tokenizer.eos_token_id, pad_id=0,
+                blocked_V=torch.zeros(engine.model_config.vocab_size, dtype=torch.bool), max_new_tokens=6, top_k=2,
+            )  # fmt: skip
+            rows.append(rollout.response_ids_BT[0].tolist())
+    sft_step(engine, manifest, 1, slice(0, 2))  # and training goes on as before
+    return rows
+
+
+def test_ranks_decode_on_their_own_and_write_what_one_process_writes(tiny_dir: Path, speech: dict[str, Path]) -> None:
+    rows = run_ranks(2, decode_apart, make_config(tiny_dir), speech["train"])
+    assert (len(rows[0]), len(rows[1])) == (2, 5)
+    model, processor = load_model(tiny_dir), load_processor(tiny_dir)
+    for utterance, row in zip(read_manifest(speech["train"])[:5], rows[1], strict=True):
+        inputs = processor.build_inputs(Collator().collate([utterance])[0])
+        rollout = decode(
+            model, inputs, eos_id=processor.tokenizer.eos_token_id, pad_id=0,
+            blocked_V=torch.zeros(model.config.vocab_size, dtype=torch.bool), max_new_tokens=6, top_k=2,
+        )  # fmt: skip
+        assert rollout.response_ids_BT[0].tolist() == row
+    assert rows[0] == rows[1][:2]
+
+
+def groups_of(config: Config) -> list[tuple[int, float, set[int]]]:
+    engine = start(config)
+    return [
+        (len(g["params"]), g["weight_decay"], {p.dim() for p in g["params"]}) for g in engine.optimizer.param_groups
+    ]
+
+
+def test_norms_and_biases_do_not_decay_and_weights_are_float32(tiny_dir: Path) -> None:
+    matrices, vectors = run_ranks(1, groups_of, make_config(tiny_dir, optim={"lr": 1e-3, "weight_decay": 0.1}))[0]
+    assert matrices[1] == 0.1
+    assert min(matrices[2]) >= 2
+    assert vectors[1] == 0.0
+    assert vectors[2] == {1}
+
+
+def test_learning_rate_warms_up_then_falls() -> None:
+    optim = make_config(Path("x"), optim={"warmup_steps": 10, "lr_schedule": "cosine", "min_lr_ratio": 0.1}).optim
+    factors = [learning_rate_factor(step, optim, 100) for step in range(101)]
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert factors[10] == pytest.approx(1.0)
+    assert factors[100] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
+    constant = make_config(Path("x"), optim={"warmup_steps": 10, "lr_schedule": "constant"}).optim
+    assert learning_rate_factor(99, constant, 100) == 1.0
