@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 
@@ -16,7 +15,7 @@ PLACEHOLDER_SECONDS = 0.5
 class Collator:
     """Reads the audio of a batch; `on_bad_audio` is "stop" (raise the first BadAudio) or "skip" (silence instead)."""
 
-    def __init__(self, *, max_seconds: float | None = None, on_bad_audio: Literal["stop", "skip"] = "stop") -> None:
+    def __init__(self, *, max_seconds: float | None = None, on_bad_audio: str = "stop") -> None:
         if on_bad_audio not in ("stop", "skip"):
             raise ValueError(f"on_bad_audio must be 'stop' or 'skip', not {on_bad_audio!r}")
         self.max_seconds = max_seconds

@@ -67,6 +67,7 @@ def save_arkasr(
         _write_json(temporary / "config.json", _config_dict(config, processor, dtype_name))
         _write_json(temporary / "generation_config.json", _generation_dict(processor))
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        (temporary / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner alone
         if with_code:
             for name in CODE_FILES:
                 shutil.copyfile(CODE_DIR / name, temporary / name)

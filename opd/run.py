@@ -2,74 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
 import time
-from pathlib import Path
 from typing import Any
+
+import psutil
 
 from data.manifest import read_manifest
 from data.sampler import EpochSampler
-from opd.checkpoint import RunDir
-from opd.config import FROZEN_KEYS, SYNTHETIC_PREFIX, Config, resolve_path
+from opd.checkpoint import RunDir, atomic_write_text
+from opd.config import FROZEN_KEYS, Config
 from opd.evaluate import sample_table, score_transcripts
 from opd.export import write_model_card
 from opd.metrics import MetricsLog, PhaseTimer
+from opd.resolve import in_ray_job, resolve
 from opd.teachers.actor import TeacherGroup
 from opd.types import Batch
 from trainers.env import set_verl_env
-
-
-def in_ray_job() -> bool:
-    """Whether this driver was started by `ray job submit` (its working directory is then a temporary copy)."""
-    return bool(os.environ.get("RAY_JOB_SUBMISSION_ID") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
-
-
-def resolve(config: Config) -> Config:
-    """The config with absolute paths: run directory, models and manifests; synthetic sets are made where missing."""
-    run_dir = config.run_dir
-    if run_dir is None:
-        run_dir = f"runs/{config.recipe_name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if in_ray_job() and not Path(run_dir).expanduser().is_absolute():
-        raise ValueError(
-            f"run_dir={run_dir}: a Ray job runs in a temporary copy of the working directory, where a relative run "
-            "directory would be lost; give an absolute path"
-        )
-    student, teacher, data = config.student, config.teacher, config.data
-    if student.path:
-        student = dataclasses.replace(student, path=resolve_path(student.path))
-    if teacher.path:
-        teacher = dataclasses.replace(teacher, path=resolve_path(teacher.path))
-    names = [data.train_manifest, *data.eval_manifests.values()]
-    manifests = resolve_manifests(names)
-    data = dataclasses.replace(
-        data,
-        train_manifest=manifests[data.train_manifest],
-        eval_manifests={name: manifests[path] for name, path in data.eval_manifests.items()},
-    )
-    return dataclasses.replace(
-        config, run_dir=str(Path(run_dir).expanduser().resolve()), student=student, teacher=teacher, data=data
-    )
-
-
-def resolve_manifests(names: list[str]) -> dict[str, str]:
-    """Manifest names of a recipe -> absolute paths. `synthetic:NAME` is one of the sets of data/synthetic.py."""
-    synthetic: dict[str, Path] = {}
-    if any(name.startswith(SYNTHETIC_PREFIX) for name in names):
-        from data.synthetic import ensure_digits
-
-        synthetic = ensure_digits()
-    paths = {}
-    for name in names:
-        if name.startswith(SYNTHETIC_PREFIX):
-            set_name = name.removeprefix(SYNTHETIC_PREFIX)
-            if set_name not in synthetic:
-                raise ValueError(f"{name}: there is no such synthetic set; there are {', '.join(sorted(synthetic))}")
-            paths[name] = str(synthetic[set_name])
-        else:
-            paths[name] = resolve_path(name)
-    return paths
 
 
 class Run:
@@ -94,6 +43,7 @@ class Run:
         if self.step:
             self.sampler.load_state_dict(self.state["sampler"])
         run_dir.truncate_metrics(self.step)
+        self._truncate_bad_audio()
         self.log = MetricsLog(
             run_dir.path,
             config.to_dict(),
@@ -108,11 +58,22 @@ class Run:
         """Checks everything that can be checked before a worker starts."""
         if config.stage == "opd" and config.teacher.kind != "arkasr":
             raise ValueError(f"teacher.kind={config.teacher.kind}: this version runs teachers of kind arkasr only")
+        began = time.perf_counter()
         config = resolve(config)
+        synthesis = time.perf_counter() - began  # all of it is that, or next to nothing
         run_dir = RunDir.open(
             str(config.run_dir), config.to_dict(), config.resume, FROZEN_KEYS, in_ray_job=in_ray_job()
         )
-        return cls(config, run_dir)
+        run = cls(config, run_dir)
+        run.history["synthesis"] = synthesis
+        return run
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.log.close()
+        self.dir.close()
 
     def _eval_set(self, path: str) -> Batch:
         utterances = read_manifest(path, require_text=True, default_language=self.config.data.default_language)
@@ -129,6 +90,14 @@ class Run:
         return EpochSampler(
             len(self.utterances), seed=self.config.seed, sort_keys=keys, sorted_epochs=data.sorted_epochs
         )
+
+    def _truncate_bad_audio(self) -> None:
+        """Drops what was listed after the checkpoint: those steps are run again."""
+        path = self.dir.bad_audio_path
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
+            atomic_write_text(path, "".join(f"{line}\n" for line in kept))
 
     # -- workers -----------------------------------------------------------------------------------------------------
 
@@ -149,11 +118,17 @@ class Run:
                 self.teacher = TeacherGroup(config, path)
             self.student = Student(config, path)
             facts = self.student.wait_ready()
+        teacher_facts = []
         with self.timer("start_teacher"):
             if with_teacher:
-                coverage = self.teacher.wait_ready()[0]["vocab_coverage"]
+                teacher_facts = self.teacher.wait_ready()
+                coverage = teacher_facts[0]["vocab_coverage"]
                 print(f"teacher: {config.teacher.path}, {coverage:.1%} of the student's vocabulary maps into its own")
         print(f"student: {path}, {facts[0]['num_parameters']:,} parameters on {len(facts)} ranks")
+        pids = {"student": [f["pid"] for f in facts], "teacher": [f["pid"] for f in teacher_facts]}
+        atomic_write_text(
+            self.dir.path / "workers.json", json.dumps(pids) + "\n"
+        )  # for py-spy, and for whoever watches
         if self.step:
             self.student.load(self.dir.checkpoint_path(self.step))
             print(f"going on after step {self.step} of {config.train.num_steps}")
@@ -245,10 +220,12 @@ class Run:
     def _report_start(self, metrics: dict[str, float]) -> None:
         """Where the time from the command to the first training step went, evaluation and synthesis apart."""
         totals = self.timer.seconds()
-        parts = {name: totals[name] for name in ("start_ray", "start_student", "start_teacher") if name in totals}
+        parts: dict[str, float] = {
+            name: totals[name] for name in ("start_ray", "start_student", "start_teacher") if name in totals
+        }
         parts["first_step"] = sum(metrics.get(f"time/{p}", 0.0) for p in ("rollout", "teacher", "update"))
-        total = time.time() - float(os.environ.get("OPD_STARTED", time.time()))
-        total -= totals.get("eval", 0.0) + totals.get("synthesis", 0.0)
+        total = time.time() - psutil.Process().create_time()
+        total -= totals.get("eval", 0.0) + self.history.get("synthesis", 0.0)
         parts["imports_and_config"] = total - sum(parts.values())
         self.history["start"] = {"total": total, **parts}
         listed = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
@@ -259,7 +236,7 @@ class Run:
         self.state["seen"] += seen
         self.state["bad_audio"] += len(bad)
         if bad:
-            with open(self.dir.path / "bad_audio.jsonl", "a", encoding="utf-8") as file:
+            with open(self.dir.bad_audio_path, "a", encoding="utf-8") as file:
                 for utterance_id, path, reason in bad:
                     file.write(
                         json.dumps({"id": utterance_id, "audio": path, "reason": reason, "step": self.step}) + "\n"
@@ -295,6 +272,7 @@ class Run:
 
     def evaluate_before(self) -> None:
         """WER of the student as it starts and, once, of the teacher."""
+        self.timer.take_step()  # what went into the start is not the first step's
         if self.state["eval_before"] or not self.eval_sets:
             return
         with self.timer("eval"):
@@ -380,7 +358,6 @@ class Run:
         write_model_card(export_dir, {**summary, "config": self.config.to_dict()})
         self._write_transcripts()
         self.dir.write_summary(summary)
-        self.log.close()
         if self.config.export.push_to:
             from opd.export import push
 

@@ -9,9 +9,9 @@ checkpoint becomes complete (opd/checkpoint.py).
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-import time
 
 from opd.config import Config, describe, load_config
 
@@ -20,40 +20,41 @@ def train(config: Config) -> dict:
     """Runs one stage from start (or the newest checkpoint) to export; returns the summary."""
     from opd.run import Run  # imports Ray and verl: seconds that print_config and a wrong key need not wait for
 
-    run = Run.open(config)  # run directory, data, last complete checkpoint or a fresh start
-    if run.is_finished():
-        return run.print_summary()
-    with run.timer("start"):
-        run.start_workers()  # student: a verl RayWorkerGroup; teacher: plain Ray actors; both load at the same time
-    run.evaluate_before()
+    with Run.open(config) as run:  # run directory, data, last complete checkpoint or a fresh start
+        if run.is_finished():
+            return run.print_summary()
+        with run.timer("start"):
+            run.start_workers()  # student: a verl RayWorkerGroup; teacher: plain Ray actors; both load at the same time
+        run.evaluate_before()
 
-    for step in range(run.step + 1, config.train.num_steps + 1):
-        batch = run.next_batch()  # list of Utterance records
-        if config.stage == "opd":
-            with run.timer("rollout"):
-                rollout = run.student.generate(batch, step)
-            with run.timer("teacher"):
-                scores, coverage = run.teacher.score(rollout.shards, rollout.refs, step)
-            with run.timer("update"):
-                sums = run.student.update(rollout, scores, step)
-            run.log_opd(step, batch, rollout, sums, coverage)
-        else:
-            with run.timer("update"):
-                sums = run.student.update_sft(batch, step)
-            run.log_sft(step, sums)
-        stop = run.evaluate_if_due(step)
-        run.save_if_due(step, last=stop or step == config.train.num_steps)
-        if stop:
-            break
+        for step in range(run.step + 1, config.train.num_steps + 1):
+            batch = run.next_batch()  # list of Utterance records
+            if config.stage == "opd":
+                with run.timer("rollout"):
+                    rollout = run.student.generate(batch, step)
+                with run.timer("teacher"):
+                    scores, coverage = run.teacher.score(rollout.shards, rollout.refs, step)
+                with run.timer("update"):
+                    sums = run.student.update(rollout, scores, step)
+                run.log_opd(step, batch, rollout, sums, coverage)
+            else:
+                with run.timer("update"):
+                    sums = run.student.update_sft(batch, step)
+                run.log_sft(step, sums)
+            stop = run.evaluate_if_due(step)
+            run.save_if_due(step, last=stop or step == config.train.num_steps)
+            if stop:
+                break
 
-    return run.finish()  # export, evaluation of the exported weights, summary.json
+        return run.finish()  # export, evaluation of the exported weights, summary.json
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line. Returns the exit status: 0, or 1 after one line that says what went wrong."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     print_config = "print_config=true" in arguments
-    os.environ.setdefault("OPD_STARTED", str(time.time()))
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("data").setLevel(logging.INFO)  # making speech takes a minute: say so
     try:
         config = load_config([a for a in arguments if not a.startswith("print_config=")])
         if print_config:

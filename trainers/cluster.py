@@ -56,6 +56,7 @@ class StudentPool(RayResourcePool):
             max_colocate_count=1 / cluster.gpus_per_rank,  # type: ignore[arg-type]
         )
         self.cluster = cluster
+        self.pgs: list[PlacementGroup] | None = None
 
     def get_placement_groups(
         self, strategy: str = "STRICT_PACK", name: str | None = None, device_name: str = "cuda"

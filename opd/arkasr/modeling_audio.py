@@ -195,12 +195,11 @@ class ArkasrAudioEncoder(nn.Module):
 
     def merge(self, frames: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
         """Audio rows (B, A, hidden_size) from `encode_frames`; a tail of less than merge_factor frames is dropped."""
-        frames_BED = frames * frame_mask[..., None].to(frames.dtype)
-        missing = self.merge_factor - frames_BED.shape[1]
+        missing = self.merge_factor - frames.shape[1]
         if missing > 0:  # a clip too short for one token is filled up with true zeros
-            frames_BED = functional.pad(frames_BED, (0, 0, 0, missing))
-        num_groups = frames_BED.shape[1] // self.merge_factor
-        groups_BAD = frames_BED[:, : num_groups * self.merge_factor].unflatten(1, (num_groups, self.merge_factor))
+            frames = functional.pad(frames, (0, 0, 0, missing))
+        num_groups = frames.shape[1] // self.merge_factor
+        groups_BAD = frames[:, : num_groups * self.merge_factor].unflatten(1, (num_groups, self.merge_factor))
         rows_BAD = self.adapting(groups_BAD.flatten(2))
         num_own_B = (frame_mask.sum(1) // self.merge_factor).clamp(min=1)
         own_BA = torch.arange(num_groups, device=frames.device) < num_own_B[:, None]

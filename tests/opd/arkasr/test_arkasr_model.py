@@ -10,7 +10,14 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from opd.arkasr import ArkasrConfig, ArkasrForConditionalGeneration, load_model, load_processor, num_audio_tokens
 from opd.arkasr.modeling_arkasr import place_audio
-from opd.arkasr.modeling_audio import FLOAT16_LIMIT, EncoderLayer, WhisperRopeEncoder, apply_rope, rope_tables
+from opd.arkasr.modeling_audio import (
+    FLOAT16_LIMIT,
+    EncoderLayer,
+    WhisperRopeEncoder,
+    _key_bias,
+    apply_rope,
+    rope_tables,
+)
 
 PUBLISHED = {
     "3b": {
@@ -231,6 +238,8 @@ def test_a_row_of_padding_only_is_finite(model):
     rows.sum().backward()
     assert torch.isfinite(rows).all()
     assert torch.isfinite(audios.grad).all()
+    # Not every version of torch turns a softmax over nothing into zeros: no row may be hidden from itself altogether.
+    assert torch.isfinite(_key_bias(torch.tensor([[True, False], [False, False]]), torch.float32)).any(-1).all()
 
 
 def test_float16_layer_output_is_clamped():
@@ -316,6 +325,39 @@ def test_generation_without_cache_and_by_hand_agree(model, processor):
             assert torch.equal(ids[:, 0], cached[:, step])
             mask = torch.cat([mask, torch.ones_like(ids)], 1)
             out = model(input_ids=ids, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True)
+
+
+def test_generation_encodes_the_audio_once(model, processor):
+    calls = []
+    handle = model.audio_encoder.register_forward_hook(lambda *_: calls.append(1))
+    model.generate(**processor.build_inputs([waveform(0.3, 0)]), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    handle.remove()
+    assert len(calls) == 1
+
+
+def test_positions_count_real_tokens_only(model, processor):
+    batch = processor.build_inputs([waveform(0.3, 0), waveform(0.9, 1)])
+    mask = batch["attention_mask"]
+    mask = torch.cat([mask, torch.tensor([[1, 1], [1, 0]])], dim=1)
+    ids = torch.cat([batch["input_ids"], torch.zeros(2, 2, dtype=torch.long)], dim=1)
+    seen = []
+    handle = model.model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    with torch.no_grad():
+        out = model(**(batch | {"input_ids": ids, "attention_mask": mask}))
+        mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
+        model(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=out.past_key_values)
+    handle.remove()
+    for row in range(2):
+        real = mask[row, :-1].bool()
+        assert seen[0]["position_ids"][row][real].tolist() == list(range(int(real.sum())))
+        assert seen[1]["position_ids"][row].tolist() == [int(real.sum())]
+
+
+def test_the_placeholder_id_is_never_embedded():
+    model = ArkasrForConditionalGeneration(tiny_config(vocab_size=99)).eval()  # the placeholder is id 99
+    with torch.no_grad():
+        out = model(input_ids=torch.tensor([[5, 99, 6]]), audios=torch.zeros(1, 80, 9))
+    assert out.logits.shape == (1, 3, 99)
 
 
 def test_sampling_is_seeded(model, processor):

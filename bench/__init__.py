@@ -1,0 +1,1 @@
+"""Measurements, one command each, with a table at the end."""
