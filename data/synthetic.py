@@ -95,7 +95,7 @@ class DigitSet:
 DIGITS_NAME = "digits-v1"
 SETS: dict[str, DigitSet] = {
     "labelled": DigitSet(seed=11, num_utterances=4_000, num_short=1_000),
-    "few_labels": DigitSet(seed=12, num_utterances=1_000, num_short=200, voices=FEW_LABEL_VOICES),
+    "few_labels": DigitSet(seed=12, num_utterances=1_700, num_short=300, voices=FEW_LABEL_VOICES),
     "unlabelled": DigitSet(seed=13, num_utterances=8_000, with_text=False),
     "seen_voices": DigitSet(seed=14, num_utterances=400),
     "unseen_voices": DigitSet(seed=15, num_utterances=1_000, voices=UNSEEN_VOICES),

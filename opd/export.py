@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import uuid
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -267,7 +268,9 @@ def export_checkpoint(
     model, processor = load_model(start), load_processor(start)
     # As the engine names them: the model is a member of what is trained.
     state = {"model": {f"model.{name}": tensor for name, tensor in model.state_dict().items()}}
-    dcp.load(state, checkpoint_id=run_dir / "checkpoints" / f"step-{step:06d}" / "state", no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is wanted
+        dcp.load(state, checkpoint_id=run_dir / "checkpoints" / f"step-{step:06d}" / "state", no_dist=True)
     weights = {name.removeprefix("model."): tensor for name, tensor in state["model"].items()}
     export = config["export"]
     target = Path(out_dir) if out_dir else run_dir / "export"
@@ -288,6 +291,7 @@ def push(folder: str | os.PathLike, repository: str) -> None:
 def main(argv: list[str]) -> int:
     """Command line; returns the exit status."""
     known = ("run_dir", "step", "out_dir", "push_to")
+    transformers.utils.logging.disable_progress_bar()
     try:
         arguments = dict(argument.partition("=")[::2] for argument in argv)
         if unknown := [name for name in arguments if name not in known]:

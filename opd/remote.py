@@ -8,10 +8,18 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 
+class WorkerError(RuntimeError):
+    """A remote call failed. `kind` is the type of what the worker raised."""
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
 def wait(refs: Any, what: str, timeout_s: float) -> Any:
     """`ray.get` of a reference or a list of them.
 
-    Raises TimeoutError, RuntimeError where a worker died or failed, and ValueError where the worker raised one
+    Raises TimeoutError, RuntimeError where a worker died, WorkerError where it failed, and ValueError where the worker raised one
     (something the user can mend). As soon as one of several calls fails, the others are not waited for.
     """
     try:
@@ -25,4 +33,4 @@ def wait(refs: Any, what: str, timeout_s: float) -> Any:
         cause = error.cause if isinstance(error.cause, BaseException) else error
         if isinstance(cause, ValueError):
             raise ValueError(str(cause)) from error
-        raise RuntimeError(f"{what} failed: {type(cause).__name__}: {cause}") from error
+        raise WorkerError(f"{what} failed: {type(cause).__name__}: {cause}", type(cause).__name__) from error

@@ -209,11 +209,14 @@ def test_a_killed_run_resumes_bit_equal(
 
 
 def test_a_ray_job_runs_as_the_readme_says(speech: dict[str, Path], cluster: dict[str, str], tmp_path: Path) -> None:
-    script = [str(ROOT / "scripts" / "submit.sh"), *command(speech, tmp_path / "run", "train.num_steps=2")[3:]]
+    # A rate that changes nothing: the second evaluation is no better than the first, and patience is at its end.
+    stop_early = ["train.num_steps=5", "optim.lr=1e-12", "eval.eval_every=1", "eval.patience=1"]
+    script = [str(ROOT / "scripts" / "submit.sh"), *command(speech, tmp_path / "run", *stop_early)[3:]]
     result = run(script, cluster | {"RAY_ADDRESS": cluster["DASHBOARD"]})
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
-    relative = run([*script[:-2], "run_dir=runs/x"], cluster)
+    assert json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text())["step"] in (1, 2)
+    relative = run([*script, "run_dir=runs/x"], cluster)
     assert relative.returncode == 1
     assert "absolute path" in relative.stderr
 
@@ -267,11 +270,28 @@ def test_bad_audio_stops_or_is_skipped_and_listed(
     assert stopped.returncode == 1
     assert stopped.stderr.count("error:") == 1
     assert ".wav" in stopped.stderr.splitlines()[-1]
-    skipped = run(command(speech, tmp_path / "skip", *arguments, "data.on_bad_audio=skip"), cluster)
+    arguments += ["data.on_bad_audio=skip"]
+    skipped = run(command(speech, tmp_path / "skip", *arguments, "data.max_bad_share=0.5"), cluster)
     assert skipped.returncode == 0, skipped.stderr[-3000:]
     listed = [json.loads(line) for line in (tmp_path / "skip" / "bad_audio.jsonl").read_text().splitlines()]
     assert {Path(row["audio"]).name for row in listed} == {"broken.wav", "missing.wav"}
     assert all(row["reason"] for row in listed)
+    limited = run(command(speech, tmp_path / "limit", *arguments, "train.num_steps=14"), cluster)
+    assert limited.returncode == 1
+    assert "data.max_bad_share=0.02" in limited.stderr.splitlines()[-1]
+
+
+def test_a_step_that_is_not_finite_stops_with_the_utterances(
+    speech: dict[str, Path], cluster: dict[str, str], tmp_path: Path
+) -> None:
+    overrides = ["optim.lr=1e30", "optim.warmup_steps=0", "checkpoint.checkpoint_every=100", "data.eval_manifests={}"]
+    result = run(command(speech, tmp_path / "run", *overrides), cluster)
+    assert result.returncode == 1
+    line = result.stderr.splitlines()[-1]
+    assert "error: step 2: the loss or the gradient is not finite, nothing was updated" in line
+    ids = [json.loads(row)["id"] for row in speech["unlabelled"].read_text().splitlines()]
+    assert sum(f"{name}" in line for name in ids) >= 8
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
 def test_a_cluster_that_is_too_small_is_refused(

@@ -143,7 +143,7 @@ class StudentEngine(BaseEngine):
             if not forward_only:
                 (loss_sum * (self.world_size / positions)).backward()
             for name, value in (micro_sums | {"loss": loss_sum}).items():
-                sums[name] = sums.get(name, 0) + value.detach().double().cpu()
+                sums[name] = sums.get(name, 0) + value.detach().double()
         totals = self.reduce_sums(sums)
         totals["loss"] /= positions
         totals["positions"] = positions

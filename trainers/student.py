@@ -12,7 +12,7 @@ from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup
 from verl.utils.device import get_device_name
 
 from opd.config import Config
-from opd.remote import wait
+from opd.remote import WorkerError, wait
 from opd.types import Batch
 from trainers.cluster import StudentPool, free_address
 from trainers.worker import StudentWorker
@@ -82,12 +82,24 @@ class Student:
     def update(self, rollout: RolloutRefs, scores: list[list[Any]], step: int) -> dict[str, float]:
         """One optimizer step of on-policy distillation; sums over all ranks for the metrics."""
         refs = self.group.update_opd(rollout.shards, rollout.refs, scores)
-        return self._call(refs, f"the update of step {step}")[0]
+        return self._update(refs, [u.id for shard in rollout.shards for u in shard], step)[0]
 
     def update_sft(self, batch: Batch, step: int) -> dict[str, Any]:
         """One optimizer step on references; sums over all ranks for the metrics, and the bad audio of all."""
-        results = self._call(self.group.update_sft(self._shards(batch)), f"the update of step {step}")
+        results = self._update(self.group.update_sft(self._shards(batch)), [u.id for u in batch], step)
         return results[0] | {"bad": [entry for result in results for entry in result["bad"]]}
+
+    def _update(self, refs: list[Any], ids: list[str], step: int) -> list[Any]:
+        try:
+            return self._call(refs, f"the update of step {step}")
+        except WorkerError as error:
+            if error.kind != "NonFiniteError":
+                raise
+            raise WorkerError(
+                f"step {step}: the loss or the gradient is not finite, nothing was updated ({error}); "
+                f"utterances of the batch: {', '.join(ids)}",
+                error.kind,
+            ) from error
 
     def transcribe(self, utterances: Batch) -> list[str | None]:
         """Greedy transcripts in order; None for bad audio that is skipped."""

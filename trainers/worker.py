@@ -27,7 +27,7 @@ from opd.export import save_arkasr
 from opd.rollout.decode import decode, split, uniforms
 from opd.types import Batch, Rollout, TeacherScore
 from opd.vocab import blocked_mask
-from trainers.base_engine import NonFiniteError, init_process_group
+from trainers.base_engine import init_process_group
 from trainers.fsdp2 import MODEL_TYPE
 from trainers.objectives import opd_micro_batch, opd_objective, sft_micro_batch, sft_objective
 
@@ -166,7 +166,7 @@ class StudentWorker(Worker):
                     self.device,
                 )  # fmt: skip
             )
-        return self._step(micros, opd_objective(self.config.loss, self.blocked_V, self.eos_id), shard)
+        return self._step(micros, opd_objective(self.config.loss, self.blocked_V, self.eos_id))
 
     @register(dispatch_mode=Dispatch.ALL_TO_ALL, blocking=False)
     def update_sft(self, shard: Batch) -> dict[str, Any]:
@@ -178,20 +178,13 @@ class StudentWorker(Worker):
         for start in range(0, len(shard), size):
             texts = [None if u.id in bad_ids else u.text for u in shard[start : start + size]]
             micros.append(sft_micro_batch(inputs, slice(start, start + size), texts, self.processor.tokenizer))
-        metrics: dict[str, Any] = self._step(
-            micros, sft_objective(self.config.loss, self.blocked_V, self.pad_id), shard
-        )
+        metrics: dict[str, Any] = self._step(micros, sft_objective(self.config.loss, self.blocked_V, self.pad_id))
         metrics["bad"] = [(error.utterance_id, error.path, error.reason) for error in bad]
         return metrics
 
-    def _step(self, micros: list, objective: Any, shard: Batch) -> dict[str, float]:
-        try:
-            with self.engine.train_mode():
-                return self.engine.train_batch(micros, objective)
-        except NonFiniteError as error:
-            raise NonFiniteError(
-                f"{error}; utterances of rank {self.rank}: {', '.join(u.id for u in shard)}"
-            ) from error
+    def _step(self, micros: list, objective: Any) -> dict[str, float]:
+        with self.engine.train_mode():
+            return self.engine.train_batch(micros, objective)
 
     # -- state -----------------------------------------------------------------------------------------------------
 

@@ -40,6 +40,10 @@ class Scene:
     student_k: int
     teacher_k: int
 
+    def rows(self, start: int, end: int) -> Scene:
+        names = ("student_NV", "teacher_NV", "response_ids_N")
+        return replace(self, **{name: getattr(self, name)[start:end] for name in names})
+
     def token_map(self) -> TokenMap:
         to_teacher_V = torch.full((self.student_NV.shape[1],), -1)
         to_student_V = torch.full((self.teacher_NV.shape[1],), -1)
@@ -160,24 +164,23 @@ def oracle(scene: Scene, keys: Keys, dtype: torch.dtype = torch.float64) -> tupl
     return loss_N.detach(), gradient_NV
 
 
+def self_taught(scene: Scene) -> Scene:
+    same = {i: i for i in range(scene.student_NV.shape[1])}
+    return replace(scene, teacher_NV=scene.student_NV, to_teacher=same, teacher_blocked=scene.student_blocked)
+
+
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b).norm() / b.norm())
 
 
+FINITE_KINDS = [*(Keys(kind) for kind in [*LOSSES, "sampled_kl"]), Keys(renormalize=True)]
 DIVERGENCES = [
-    Keys("forward_kl"),
-    Keys("forward_kl", temperature=1.7),
-    Keys("reverse_kl", temperature=0.6),
-    Keys("reverse_kl"),
-    Keys("jsd", temperature=1.7),
-    Keys("jsd", beta=0.8),
-    Keys("forward_kl", renormalize=True, temperature=1.7),
-    Keys("reverse_kl", renormalize=True),
+    Keys("forward_kl"), Keys("forward_kl", temperature=1.7), Keys("forward_kl", support="student"),
+    Keys("reverse_kl"), Keys("reverse_kl", temperature=0.6), Keys("reverse_kl", support="teacher"),
+    Keys("jsd", beta=0.8), Keys("jsd", temperature=1.7), Keys("full_kl", temperature=1.7),
+    Keys("forward_kl", renormalize=True, temperature=1.7), Keys("reverse_kl", renormalize=True),
     Keys("jsd", renormalize=True),
-    Keys("forward_kl", support="student"),
-    Keys("reverse_kl", support="teacher"),
-    Keys("full_kl", temperature=1.7),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("vocab_size", [50, 3000])
@@ -209,10 +212,7 @@ def test_bfloat16_logits_are_computed_in_float32() -> None:
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_a_teacher_that_is_the_student_gives_zero(kind: str, renormalize: bool) -> None:
-    scene = make_scene(50, student_k=4, teacher_k=6)
-    scene = replace(
-        scene, teacher_NV=scene.student_NV, to_teacher={i: i for i in range(50)}, teacher_blocked=scene.student_blocked
-    )
+    scene = self_taught(make_scene(50, student_k=4, teacher_k=6))
     loss_N, gradient_NV, _ = ours(scene, Keys(kind, renormalize=renormalize, temperature=1.3))
     assert loss_N.abs().max() < 1e-12
     assert gradient_NV.abs().max() < 1e-12
@@ -298,12 +298,7 @@ def test_micro_batches_of_one_sum_to_the_batch() -> None:
     total = ours(scene, Keys(), torch.float32)
     losses, gradients = [], []
     for start in range(0, 12, 3):
-        rows = slice(start, start + 3)
-        part = replace(
-            scene, student_NV=scene.student_NV[rows], teacher_NV=scene.teacher_NV[rows],
-            response_ids_N=scene.response_ids_N[rows],
-        )  # fmt: skip
-        loss_N, gradient_NV, _ = ours(part, Keys(), torch.float32)
+        loss_N, gradient_NV, _ = ours(scene.rows(start, start + 3), Keys(), torch.float32)
         losses.append(loss_N.sum() / 12)
         gradients.append(gradient_NV / 12)
     torch.testing.assert_close(torch.stack(losses).sum(), total[0].sum() / 12, rtol=0, atol=1e-5)
@@ -313,10 +308,9 @@ def test_micro_batches_of_one_sum_to_the_batch() -> None:
 @pytest.mark.parametrize("kind", [*LOSSES, "sampled_kl"])
 def test_no_positions_still_run_backward(kind: str) -> None:
     scene = make_scene(50)
-    empty = replace(
-        scene, student_NV=scene.student_NV[:0], teacher_NV=scene.teacher_NV[:0], response_ids_N=scene.response_ids_N[:0]
-    )
-    loss_N, gradient_NV, diagnostics = ours(empty, Keys(kind))  # the gradient of an unconnected sum is an error
+    loss_N, gradient_NV, diagnostics = ours(
+        scene.rows(0, 0), Keys(kind)
+    )  # the gradient of an unconnected sum is an error
     assert loss_N.shape == (0,)
     assert gradient_NV.shape == (0, 50)
     assert diagnostics.keys() == ours(scene, Keys(kind))[2].keys()
@@ -341,19 +335,17 @@ def test_masked_positions_count_exactly_zero_whatever_they_hold(kind: str) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("keys", [*(Keys(k) for k in [*LOSSES, "sampled_kl"]), Keys(renormalize=True)], ids=str)
+@pytest.mark.parametrize("keys", FINITE_KINDS, ids=str)
 def test_peaked_distributions_stay_finite(keys: Keys, dtype: torch.dtype) -> None:
     """Tails far below the floor on either side, teacher and student sure of the same or of different ids."""
     scene = make_scene(50)
     scene.student_NV, scene.teacher_NV = scene.student_NV * 100, scene.teacher_NV * 100
     for student_NV in (scene.student_NV, scene.student_NV.flip(0), scene.student_NV * 0):
         loss_N, gradient_NV, diagnostics = ours(replace(scene, student_NV=student_NV), keys, dtype)
-        assert loss_N.isfinite().all()
-        assert gradient_NV.isfinite().all()
-        assert all(value.isfinite().all() for value in diagnostics.values())
+        assert all(value.isfinite().all() for value in (loss_N, gradient_NV, *diagnostics.values()))
 
 
-@pytest.mark.parametrize("keys", [*(Keys(k) for k in [*LOSSES, "sampled_kl"]), Keys(renormalize=True)], ids=str)
+@pytest.mark.parametrize("keys", FINITE_KINDS, ids=str)
 def test_almost_everything_blocked_stays_finite(keys: Keys) -> None:
     """Each side may write three ids, top-k reaches into the blocked ones and both tails are empty."""
     scene = make_scene(50)
@@ -362,8 +354,7 @@ def test_almost_everything_blocked_stays_finite(keys: Keys) -> None:
     scene.teacher_blocked = [i for i in range(60) if i not in teacher_allowed]
     scene.response_ids_N = torch.tensor([30, 31, 30, 31, EOS, EOS, EOS])
     loss_N, gradient_NV, diagnostics = ours(scene, keys)
-    assert loss_N.isfinite().all()
-    assert gradient_NV.isfinite().all()
+    assert all(value.isfinite().all() for value in (loss_N, gradient_NV, *diagnostics.values()))
     assert (diagnostics["support_size"] == 2).all()
     if keys.kind == "forward_kl":
         torch.testing.assert_close(loss_N, oracle(scene, keys)[0])
@@ -392,23 +383,18 @@ def test_diagnostics() -> None:
         for name, value in expected.items():
             assert diagnostics[name][n].item() == pytest.approx(value, abs=1e-9), name
     torch.testing.assert_close(diagnostics["kl"], oracle(scene, Keys(temperature=1.7))[0] / 1.7**2)
-    same = replace(
-        scene, teacher_NV=scene.student_NV, to_teacher={i: i for i in range(50)}, teacher_blocked=[20, 21, 11]
-    )
-    assert (ours(same, Keys())[2]["overlap"] == 1).all()
+    assert (ours(self_taught(scene), Keys())[2]["overlap"] == 1).all()
     assert 0 < diagnostics["overlap"].mean() < 1
 
 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (Keys("k3"), "loss.kind=k3"),
-        (Keys("jsd", beta=1.0), "loss.beta=1"),
+        (Keys("k3"), "loss.kind=k3"), (Keys("jsd", beta=1.0), "loss.beta=1"), (Keys("full_kl"), "full_logprobs"),
         (Keys("sampled_kl", renormalize=True), "loss.renormalize"),
-        (Keys("full_kl"), "full_logprobs"),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_keys_that_cannot_be_run_are_refused(keys: Keys, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         position_loss(
