@@ -53,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     """Command line. Returns the exit status: 0, or 1 after one line that says what went wrong."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     print_config = "print_config=true" in arguments
+    # When several workers fail of one cause, the first is reported below; Ray would print the others after it.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("data").setLevel(logging.INFO)  # making speech takes a minute: say so
     try:

@@ -75,7 +75,9 @@ def _validate_parts(config: Config) -> None:
     if config.stage == "opd" and config.loss.kind == "sampled_kl" and config.rollout.temperature == 0:
         raise ValueError("loss.kind=sampled_kl needs sampled rollouts: set rollout.temperature above 0")
     if config.loss.kind == "jsd" and not 0 < config.loss.beta < 1:
-        raise ValueError(f"loss.beta={config.loss.beta:g}: jsd needs a weight between 0 and 1; at either end it is always 0")
+        raise ValueError(
+            f"loss.beta={config.loss.beta:g}: jsd needs a weight between 0 and 1; at either end it is always 0"
+        )
     if config.loss.kind == "sampled_kl" and config.loss.renormalize:
         raise ValueError("loss.renormalize=true: sampled_kl has no support to renormalise over; set it to false")
     if config.stage == "opd" and config.loss.ctc_weight > 0:

@@ -19,16 +19,14 @@ from opd.types import Batch
 class TeacherWorker:
     """One teacher in a process of its own. Made by `TeacherGroup` as a Ray actor."""
 
-    def __init__(self, config: dict[str, Any], student_path: str) -> None:
+    def load(self, config: dict[str, Any], student_path: str) -> dict[str, Any]:
+        """Loads the teacher and returns facts about it. Not in `__init__`, where Ray would bury what goes wrong."""
         import torch
 
         from opd.teachers import make_teacher
 
         torch.set_num_threads(config["cluster"]["threads_per_teacher"])
         self.teacher = make_teacher(config, student_path)
-
-    def ready(self) -> dict[str, Any]:
-        """Facts about the teacher, once it is loaded."""
         return {"pid": os.getpid(), **self.teacher.facts()}
 
     def score(self, utterances: Batch, rollout: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
@@ -50,8 +48,8 @@ class TeacherGroup:
         actor = ray.remote(TeacherWorker).options(
             num_cpus=cluster.cpus_per_teacher, num_gpus=cluster.gpus_per_teacher if cluster.use_gpu else 0
         )
-        self.workers = [actor.remote(config.to_dict(), student_path) for _ in range(cluster.num_teachers)]
-        self._ready = [worker.ready.remote() for worker in self.workers]
+        self.workers = [actor.remote() for _ in range(cluster.num_teachers)]
+        self._ready = [worker.load.remote(config.to_dict(), student_path) for worker in self.workers]
 
     def wait_ready(self) -> list[dict[str, Any]]:
         """Facts of each worker once all have loaded the teacher."""
