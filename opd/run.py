@@ -309,8 +309,10 @@ class Run:
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def save_if_due(self, step: int, last: bool) -> None:
-        """A complete, resumable checkpoint every checkpoint_every steps and after the last one."""
-        if step % self.config.checkpoint.checkpoint_every and not last:
+        """A complete, resumable checkpoint every checkpoint_every steps, at each best evaluation and after the last."""
+        evaluated = self.state.get("last_wer") or {"step": None}
+        is_best = evaluated["step"] == step and self.state["no_better"] == 0
+        if step % self.config.checkpoint.checkpoint_every and not last and not is_best:
             return
         with self.timer("checkpoint"):
             folder = self.dir.begin_save(step)
@@ -318,8 +320,7 @@ class Run:
             self.state["sampler"] = self.sampler.state_dict()
             self.state["seconds"] = self.timer.seconds()
             self.state["finished"] = last
-            evaluated = self.state.get("last_wer")
-            if evaluated and evaluated["step"] == step:
+            if evaluated["step"] == step:
                 self.dir.record_eval(step, evaluated["wer"])
             self.dir.commit_save(step, self.state)
         self.timer.take_step()
@@ -333,7 +334,10 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Exports, evaluates the exported (rounded) weights, writes summary.json and prints the table."""
         export_dir = self.dir.path / "export"
+        exported_step = self._best_step()
         with self.timer("export"):
+            if exported_step != self.step:
+                self.student.load(self.dir.checkpoint_path(exported_step))
             self.student.export(export_dir)
             self.student.round_weights()
         with self.timer("eval"):
@@ -347,6 +351,7 @@ class Run:
             "recipe": self.config.recipe_name,
             "stage": self.config.stage,
             "steps": self.step,
+            "exported_step": exported_step,
             "seed": self.config.seed,
             "seconds": {name: round(value, 3) for name, value in self.timer.seconds().items()},
             "start": self.history.get("start"),
@@ -363,6 +368,11 @@ class Run:
 
             push(export_dir, self.config.export.push_to)
         return self.print_summary()
+
+    def _best_step(self) -> int:
+        """The step that is exported: the last one; with early stopping the best by evaluation."""
+        best = self.dir.best()
+        return best[0] if self.config.eval.patience and best else self.step
 
     def _write_transcripts(self) -> None:
         for name, texts in self.history.get("transcripts", {}).items():

@@ -226,11 +226,15 @@ def test_a_ray_job_runs_as_the_readme_says(speech: dict[str, Path], cluster: dic
     script = [str(ROOT / "scripts" / "submit.sh"), *command(speech, tmp_path / "run", *stop_early)[3:]]
     result = run(script, cluster | {"RAY_ADDRESS": cluster["DASHBOARD"]})
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
-    assert json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text())["step"] in (1, 2)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["steps"], summary["exported_step"]) == (2, 1), "stopped early, the better step is exported"
     relative = run([*script, "run_dir=runs/x"], cluster)
     assert relative.returncode == 1
     assert "absolute path" in relative.stderr
+    submit = ["ray", "job", "submit", "--address", cluster["DASHBOARD"], "--working-dir", str(ROOT), "--"]
+    inside = run([*submit, "python", "-m", "opd.train", "recipe=tiny", "run_dir=runs/x"], cluster)
+    assert inside.returncode == 1
+    assert "run_dir=runs/x: a Ray job runs in a temporary copy" in inside.stdout + inside.stderr
 
 
 def test_sft_starts_from_nothing_and_export_runs_again(
