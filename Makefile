@@ -1,6 +1,6 @@
 # Two commands do everything on a machine with Python 3.11: `make quickstart` and `make test`.
 
-PYTHON ?= python3
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0

@@ -26,8 +26,8 @@ from opd.arkasr import (
     load_processor,
 )
 from opd.arkasr.configuration_arkasr import AUTO_MAP
+from opd.types import DTYPES
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CODE_DIR = Path(__file__).parent / "arkasr"
 LM_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 

@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+# The names that configs and checkpoints use.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 @dataclass(frozen=True)
 class Utterance:

@@ -19,8 +19,8 @@ from verl.workers.engine.base import BaseEngine
 
 from opd.arkasr import load_model
 from opd.config import Config, OptimConfig
+from opd.types import DTYPES
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Objective = Callable[[nn.Module, Any], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 

@@ -21,7 +21,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine.base import EngineRegistry
 
-from trainers.base_engine import DTYPES, StudentEngine, TrainedStudent
+from opd.types import DTYPES
+from trainers.base_engine import StudentEngine, TrainedStudent
 
 MODEL_TYPE = "arkasr"
 

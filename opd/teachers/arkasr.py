@@ -10,10 +10,8 @@ from data.collate import Collator
 from opd.arkasr import ArkasrConfig, blocked_token_ids, load_model, load_processor
 from opd.rollout.decode import decode
 from opd.support import candidate_ids, score_support
-from opd.types import Batch, Rollout, TeacherScore
+from opd.types import DTYPES, Batch, Rollout, TeacherScore
 from opd.vocab import TokenMap, blocked_mask
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class ArkasrTeacher:
