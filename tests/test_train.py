@@ -64,7 +64,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     short = Path("/tmp") / f"ray-{os.getpid()}"
     token = folder / "token"
     token.write_text("0123456789abcdef0123456789abcdef\n")
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent = free_port(), free_port(), free_port()
     auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = environment(folder, PATH=path, PYTHONPATH=str(ROOT), RAY_JOB_STOP_WAIT_TIME_S="1", **auth)
@@ -72,12 +72,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         [
             str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=4", f"--port={port}",
             f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--temp-dir={short}",
-            "--node-ip-address=127.0.0.1", "--disable-usage-stats",
+            "--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={agent}", "--disable-usage-stats",
         ],
         env=env, cwd=folder, stdout=(folder / "head.log").open("w"), stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
     client = env | {"RAY_ADDRESS": f"127.0.0.1:{port}", "DASHBOARD": f"http://127.0.0.1:{dashboard}"}
-    ready = [str(Path(sys.executable).parent / "ray"), "job", "list", "--address", client["DASHBOARD"]]
+    # The job server answers before its agent takes jobs: the head is up when a job went through.
+    ready = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", client["DASHBOARD"], "--", "true"]
     deadline = time.monotonic() + 90
     while subprocess.run(ready, env=env, capture_output=True, check=False).returncode:
         assert head.poll() is None, (folder / "head.log").read_text()
