@@ -36,7 +36,7 @@ def test_voices_exist_and_unseen_ones_are_new() -> None:
     assert training | unseen <= variants()
     assert len({voice.name for voice in TRAINING_VOICES}) == len(TRAINING_VOICES) >= 30
     assert len({voice.name for voice in UNSEEN_VOICES}) == len(UNSEEN_VOICES) == 10
-    assert len(synthetic.FEW_LABEL_VOICES) == 8
+    assert len(synthetic.FEW_LABEL_VOICES) == 10
     assert set(synthetic.FEW_LABEL_VOICES) <= set(TRAINING_VOICES)
 
 

@@ -138,7 +138,7 @@ def opd_step(config: Config, student_path: Path, manifest: Path, micro_size: int
         return engine.train_batch(micros, opd_objective(config.loss, blocked_V, tokenizer.eos_token_id))
 
 
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd", "full_kl"])
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd", "sampled_kl", "full_kl"])
 def test_a_teacher_equal_to_the_student_gives_no_loss(tiny_dir: Path, speech: dict[str, Path], kind: str) -> None:
     config = make_config(tiny_dir, "opd", loss={"kind": kind, "top_k": 8})
     totals = run_ranks(1, opd_step, config, tiny_dir, speech["unlabelled"], 4)[0]
