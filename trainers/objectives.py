@@ -160,14 +160,18 @@ def _response_logits(
 
 
 def _ctc_loss(ctc_BFV: torch.Tensor, frame_mask_BF: torch.Tensor, micro: MicroBatch, blank_id: int) -> torch.Tensor:
-    """CTC summed over utterances, its targets being the response without EOS. Too little audio for a text counts 0."""
-    lengths_B = (micro.trained_BT.sum(1) - 1).clamp(min=0)
-    return functional.ctc_loss(
+    """CTC summed over utterances, its targets being the response without EOS.
+
+    Too little audio for a text counts 0, and so does a row that is not trained at all (bad audio).
+    """
+    positions_B = micro.trained_BT.sum(1)
+    loss_B = functional.ctc_loss(
         ctc_BFV.float().log_softmax(-1).transpose(0, 1),
         micro.response_ids_BT,
         frame_mask_BF.sum(1).long(),
-        lengths_B,
+        (positions_B - 1).clamp(min=0),
         blank=blank_id,
-        reduction="sum",
+        reduction="none",
         zero_infinity=True,
     )
+    return loss_B.masked_fill(positions_B == 0, 0.0).sum()

@@ -15,6 +15,7 @@ def test_every_shipped_recipe_loads(name: str) -> None:
     config = load_config([f"recipe={name}"])
     assert config.recipe_name == name
     assert config_from_dict(config.to_dict()) == config
+    assert "#" not in str(config.to_dict()), "a comment without a space before it is part of the value"
 
 
 def test_overrides_win_over_the_recipe() -> None:
