@@ -159,6 +159,16 @@ def wandb_folders(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "wandb").glob("offline-run-*"))
 
 
+def wait_for(path: Path, *contents: bytes, timeout_s: float = 60.0) -> bool:
+    """Whether the file comes to hold all of it: W&B's own process writes it, some time after finish() has returned."""
+    deadline = time.monotonic() + timeout_s
+    while not all(content in path.read_bytes() for content in contents):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
 def test_wandb_offline_without_a_key(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """mode=online without a key ends in a real offline run, with one line that says so."""
     run_dir = tmp_path / "run"
@@ -174,8 +184,7 @@ def test_wandb_offline_without_a_key(tmp_path: Path, capfd: pytest.CaptureFixtur
     (folder,) = wandb_folders(run_dir)
     run_id = (run_dir / "wandb_run_id").read_text().strip()
     record = folder / f"run-{run_id}.wandb"
-    assert b"loss/kl" in record.read_bytes()
-    assert b"eval/wer/dev" in record.read_bytes()
+    assert wait_for(record, b"loss/kl", b"eval/wer/dev")
     (table,) = folder.rglob("*.table.json")
     assert json.loads(table.read_text()) == {
         "columns": ["id", "reference", "hypothesis", "wer"],
@@ -204,7 +213,7 @@ def test_wandb_with_a_key_and_no_server(tmp_path: Path) -> None:
     )
     assert done.stdout.count("wandb: online did not start") == 1
     (folder,) = wandb_folders(tmp_path)
-    assert b"loss/kl" in next(folder.glob("*.wandb")).read_bytes()
+    assert wait_for(next(folder.glob("*.wandb")), b"loss/kl")
     assert read_lines(tmp_path) == [{"step": 1, "loss/kl": 0.5}]
 
 
