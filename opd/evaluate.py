@@ -10,9 +10,7 @@ from typing import Any, NamedTuple
 
 import jiwer
 
-from opd.text import NORMALISER, normalise_for_scoring, resolve_language
-
-Languages = str | Sequence[str | None] | None
+from opd.text import AUTO, Languages, normalise_for_scoring, normaliser_name, resolve_language
 
 
 @dataclass(frozen=True)
@@ -21,6 +19,7 @@ class EvalResult:
 
     wer and cer are total errors over total reference words or characters, not means over utterances; NaN where the
     references hold no word at all. substitutions, deletions, insertions count words; the `char_` ones characters.
+    normaliser is the name behind the rates (several for mixed languages, joined by `+`): compare only equal ones.
     """
 
     wer: float
@@ -34,10 +33,25 @@ class EvalResult:
     char_insertions: int
     num_ref_chars: int
     num_utterances: int
-    normaliser: str = NORMALISER
+    normaliser: str
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class UtteranceErrors:
+    """One utterance's share of an EvalResult: summed over a corpus, the counts are those of `score_transcripts`.
+
+    ref_clean, hyp_clean: the texts as compared; wer_errors of ref_words words, cer_errors of ref_chars characters.
+    """
+
+    ref_clean: str
+    hyp_clean: str
+    wer_errors: int
+    ref_words: int
+    cer_errors: int
+    ref_chars: int
 
 
 class Sample(NamedTuple):
@@ -49,16 +63,20 @@ class Sample(NamedTuple):
     wer: float
 
 
-def score_transcripts(references: Sequence[str], hypotheses: Sequence[str], languages: Languages = None) -> EvalResult:
+def score_transcripts(
+    references: Sequence[str], hypotheses: Sequence[str], languages: Languages = None, normaliser: str = AUTO
+) -> EvalResult:
     """Corpus WER and CER of hypotheses against references, both normalised by `normalise_for_scoring`.
 
-    languages is one language for all, one per utterance, or None. A reference that is empty after normalising counts
-    as zero words, and each word of its hypothesis as an insertion. The CER counts the spaces between words, except in
-    languages scored by CER (zh, ja, ko), where spacing is the writer's taste.
+    languages is one language for all, one per utterance, or None. normaliser is a registered name, or `auto`: the one
+    made for each language. A reference that is empty after normalising counts as zero words, and each word of its
+    hypothesis as an insertion; to leave such utterances out, as the Open ASR Leaderboard does, filter them by
+    `opd.text.is_scored_reference`. The CER counts the spaces between words, except in languages scored by CER (zh, ja,
+    ko), where spacing is the writer's taste.
 
-    Raises ValueError for no utterances, lists of unequal lengths or an unknown language.
+    Raises ValueError for no utterances, lists of unequal lengths, an unknown language or an unknown normaliser.
     """
-    references, hypotheses, per_utterance = _normalised(references, hypotheses, languages)
+    references, hypotheses, per_utterance = _normalised(references, hypotheses, languages, normaliser)
     words = jiwer.process_words(references, hypotheses)
     characters = jiwer.process_characters(
         [_for_characters(text, language) for text, language in zip(references, per_utterance, strict=True)],
@@ -78,6 +96,25 @@ def score_transcripts(references: Sequence[str], hypotheses: Sequence[str], lang
         char_insertions=characters.insertions,
         num_ref_chars=num_ref_chars,
         num_utterances=len(references),
+        normaliser=normaliser_name(per_utterance, normaliser),
+    )
+
+
+def utterance_errors(
+    reference: str, hypothesis: str, language: str | None = None, normaliser: str = AUTO
+) -> UtteranceErrors:
+    """What one utterance adds to the counts of `score_transcripts`. Raises ValueError as that does."""
+    ref_clean = normalise_for_scoring(reference, language, normaliser)
+    hyp_clean = normalise_for_scoring(hypothesis, language, normaliser)
+    words = jiwer.process_words(ref_clean, hyp_clean)
+    characters = jiwer.process_characters(_for_characters(ref_clean, language), _for_characters(hyp_clean, language))
+    return UtteranceErrors(
+        ref_clean=ref_clean,
+        hyp_clean=hyp_clean,
+        wer_errors=words.substitutions + words.deletions + words.insertions,
+        ref_words=words.hits + words.substitutions + words.deletions,
+        cer_errors=characters.substitutions + characters.deletions + characters.insertions,
+        ref_chars=characters.hits + characters.substitutions + characters.deletions,
     )
 
 
@@ -88,6 +125,7 @@ def sample_table(
     languages: Languages = None,
     num_samples: int = 8,
     seed: int = 0,
+    normaliser: str = AUTO,
 ) -> list[Sample]:
     """The worst utterances (half of `num_samples`, worst first), then a fixed random choice.
 
@@ -95,7 +133,7 @@ def sample_table(
     from one evaluation to the next. An utterance with an empty reference gets the number of inserted words as its wer.
     Raises ValueError as `score_transcripts` does.
     """
-    clean_references, clean_hypotheses, _ = _normalised(references, hypotheses, languages)
+    clean_references, clean_hypotheses, _ = _normalised(references, hypotheses, languages, normaliser)
     rows = [
         Sample(utterance_id, reference, hypothesis, _utterance_wer(clean_reference, clean_hypothesis))
         for utterance_id, reference, hypothesis, clean_reference, clean_hypothesis in zip(
@@ -110,7 +148,7 @@ def sample_table(
 
 
 def _normalised(
-    references: Sequence[str], hypotheses: Sequence[str], languages: Languages
+    references: Sequence[str], hypotheses: Sequence[str], languages: Languages, normaliser: str
 ) -> tuple[list[str], list[str], list[str | None]]:
     if not references:
         raise ValueError("nothing to score: the list of references is empty")
@@ -120,11 +158,11 @@ def _normalised(
             f"scoring needs one hypothesis and one language per reference, got {len(references)} references, "
             f"{len(hypotheses)} hypotheses and {len(per_utterance)} languages"
         )
-    return (
-        [normalise_for_scoring(text, language) for text, language in zip(references, per_utterance, strict=True)],
-        [normalise_for_scoring(text, language) for text, language in zip(hypotheses, per_utterance, strict=True)],
-        list(per_utterance),
-    )
+    normalised = [
+        [normalise_for_scoring(text, language, normaliser) for text, language in zip(texts, per_utterance, strict=True)]
+        for texts in (references, hypotheses)
+    ]
+    return normalised[0], normalised[1], list(per_utterance)
 
 
 def _for_characters(text: str, language: str | None) -> str:

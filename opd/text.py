@@ -1,17 +1,17 @@
-"""Languages, transcript clean-up, and the one named normaliser that references and hypotheses pass before scoring.
-
-A word error rate means nothing without the normaliser behind it, so every result carries `NORMALISER`. A change in
-what `normalise_for_scoring` does needs a new name.
-"""
+"""Languages, transcript clean-up, and the choice of the named normaliser that texts pass before scoring."""
 
 from __future__ import annotations
 
 import re
-import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Literal
 
-NORMALISER = "opd-basic-1"
+from opd.normalisers import BASIC, NORMALISERS, Normaliser
+
+AUTO = "auto"
+Languages = str | Sequence[str | None] | None
 
 
 @dataclass(frozen=True)
@@ -50,19 +50,24 @@ LANGUAGES: dict[str, Language] = {
     )
 }
 _BY_NAME = {language.name.lower(): language for language in LANGUAGES.values()}
-_ALIASES = {"cmn": "zh", "mandarin": "zh"}
-
-# Signs that writers use for an apostrophe. Mapped before NFKC, which would turn the acute accent into a space.
-_APOSTROPHES = str.maketrans(dict.fromkeys("\u2019\u2018\u02bc\u00b4\u0060\uff07", "'"))
-_LOOSE_APOSTROPHE = re.compile(r"(?<!\w)'|'(?!\w)")
+# ISO 639-2 and 639-3 codes, the bibliographic ones (ger, fre) included.
+_LONG_CODES = {
+    "zh": "zho chi cmn", "en": "eng", "de": "deu ger", "ja": "jpn", "fr": "fra fre", "ko": "kor", "es": "spa",
+    "pl": "pol", "it": "ita", "ro": "ron rum", "hu": "hun", "cs": "ces cze", "nl": "nld dut", "fi": "fin",
+    "hr": "hrv", "sk": "slk slo", "sl": "slv", "et": "est ekk", "lt": "lit",
+}  # fmt: skip
+_ALIASES = {code: iso for iso, codes in _LONG_CODES.items() for code in codes.split()}
+_ALIASES |= {"mandarin": "zh", "slovene": "sl"}
+_AUTO_CHOICE = {iso: normaliser for normaliser in NORMALISERS.values() for iso in normaliser.languages}
 
 _END_OF_TURN = re.compile(r"<\|(?:user|assistant|im_end)\|>")
 _CONTROL_TOKEN = re.compile(r"<\|[^|<>]*\|>")
 _LEADING_PUNCTUATION = " ,.;:!?-"
 
 
+@cache
 def resolve_language(name_or_iso: str) -> Language:
-    """The language of an English name, an ISO 639-1 code or a code with a region (`en`, `English`, `en-US`).
+    """The language of an English name, an ISO 639 code, or a code with script or region (`en`, `eng`, `English`, `en-US`).
 
     Raises ValueError that lists the known languages.
     """
@@ -89,23 +94,41 @@ def clean_transcript(text: str) -> str:
     return " ".join(text.split()).lstrip(_LEADING_PUNCTUATION)
 
 
-def normalise_for_scoring(text: str, language: str | None = None) -> str:
-    """Text as it is compared: NFKC, lower case, no punctuation or symbols, single spaces (`opd-basic-1`).
+@lru_cache(maxsize=1 << 15)  # an evaluation asks twice for each text, and every evaluation for the same references
+def normalise_for_scoring(text: str, language: str | None = None, normaliser: str = AUTO) -> str:
+    """Text as it is compared, single spaces between words.
 
-    Punctuation becomes a space (`twenty-one` is two words); an apostrophe inside a word stays (`don't`, `l'eau`).
-    `opd-basic-1` treats all languages alike; `language` is only checked. Raises ValueError for an unknown language.
+    normaliser is a name of `opd.normalisers.NORMALISERS`, or `auto`: the one made for the language, and `opd-basic-1`
+    where the language is None. Raises ValueError for an unknown language or name, and where a package is missing.
     """
-    if language is not None:
-        resolve_language(language)
-    text = unicodedata.normalize("NFKC", text.translate(_APOSTROPHES)).lower()
-    text = "".join(_scored_character(character) for character in text)
-    return " ".join(_LOOSE_APOSTROPHE.sub(" ", text).split())
+    return _normaliser_for(language, normaliser).apply(
+        text, None if language is None else resolve_language(language).iso
+    )
 
 
-def _scored_character(character: str) -> str:
-    if character == "'":
-        return character
-    category = unicodedata.category(character)
-    if category == "Cf":  # soft hyphens, zero-width marks: invisible, and no word ends there
-        return ""
-    return " " if category[0] in "PS" else character
+def normaliser_name(languages: Languages, normaliser: str = AUTO) -> str:
+    """What a result carries: the normaliser's name, or for mixed languages the names used, sorted and joined by `+`.
+
+    languages is one language for all utterances, one per utterance, or None. Raises ValueError as above.
+    """
+    if languages is None or isinstance(languages, str):
+        languages = [languages]
+    return "+".join(sorted({_normaliser_for(language, normaliser).name for language in set(languages)}))
+
+
+def is_scored_reference(text: str, language: str | None = None, normaliser: str = AUTO) -> bool:
+    """Whether the Open ASR Leaderboard scores an utterance with this reference.
+
+    It leaves out those whose reference is empty after normalising, or says `ignore time segment in scoring`.
+    """
+    return normalise_for_scoring(text, language, normaliser) not in ("", "ignore time segment in scoring")
+
+
+@cache
+def _normaliser_for(language: str | None, name: str) -> Normaliser:
+    iso = None if language is None else resolve_language(language).iso
+    if name == AUTO:
+        return NORMALISERS[BASIC] if iso is None else _AUTO_CHOICE[iso]
+    if name not in NORMALISERS:
+        raise ValueError(f"unknown normaliser {name!r}: use {AUTO} or one of {', '.join(NORMALISERS)}")
+    return NORMALISERS[name]

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import random
+import time
 
 import pytest
 
-from opd.evaluate import sample_table, score_transcripts
+from opd.evaluate import sample_table, score_transcripts, utterance_errors
+from opd.text import normaliser_name
 
 
 def test_counts_by_hand() -> None:
     references = ["One two three.", "four five", "six seven eight nine"]
     hypotheses = ["one too three", "four", "six seven eight nine ten"]  # one substitution, deletion, insertion
-    result = score_transcripts(references, hypotheses, "en")
+    result = score_transcripts(references, hypotheses, "en", normaliser="opd-basic-1")
     assert (result.substitutions, result.deletions, result.insertions) == (1, 1, 1)
     assert (result.num_ref_words, result.num_utterances) == (9, 3)
     assert result.wer == 3 / 9
@@ -22,6 +25,60 @@ def test_counts_by_hand() -> None:
     assert result.num_ref_chars == 42
     assert result.cer == 10 / 42
     assert result.normaliser == "opd-basic-1"
+
+
+def test_the_result_names_its_normaliser() -> None:
+    references, hypotheses = ["Twenty-one colours", "21 Gäste", "二零二四年"], ["21 colors", "einundzwanzig", "2024年"]
+    result = score_transcripts(references, hypotheses, ["en", "de", "zh"])
+    assert (result.wer, result.num_ref_words, result.deletions) == (1 / 5, 5, 1)
+    assert result.normaliser == normaliser_name(["en", "de", "zh"])
+    assert result.normaliser.startswith("cjk-1+european-1+whisper-english-")
+    assert score_transcripts(["a"], ["a"]).normaliser == "opd-basic-1"
+    forced = score_transcripts(references, hypotheses, ["en", "de", "zh"], "opd-basic-1")
+    assert (forced.normaliser, forced.num_ref_words) == ("opd-basic-1", 6)
+    assert forced.wer == 1.0  # nothing of "twenty one colours", "21 gäste" or "二零二四年" is found again
+
+
+def test_utterances_sum_to_the_corpus() -> None:
+    references = [
+        "It's one two, uh, three.",
+        "Drei 21 Gäste!",
+        "你好，２０２４年",
+        "세 시 안녕 하세요",
+        "[noise]",
+        "été",
+    ]
+    hypotheses = ["it is 1 2 3 four", "3 einundzwanzig", "你号二零二四", "3시 안녕하세요 네", "uh huh", "l'été"]
+    languages = ["en", "de", "zh", "ko", "en", None]
+    for normaliser in ("auto", "opd-basic-1", "european-1", "cjk-1"):
+        result = score_transcripts(references, hypotheses, languages, normaliser)
+        errors = [utterance_errors(*row, normaliser) for row in zip(references, hypotheses, languages, strict=True)]
+        assert sum(e.wer_errors for e in errors) == result.substitutions + result.deletions + result.insertions > 0
+        assert sum(e.ref_words for e in errors) == result.num_ref_words
+        assert sum(e.cer_errors for e in errors) == (
+            result.char_substitutions + result.char_deletions + result.char_insertions
+        )
+        assert sum(e.ref_chars for e in errors) == result.num_ref_chars
+
+
+def test_utterance_errors_by_hand() -> None:
+    errors = utterance_errors("Mr. Smith can't.", "mister smith can not go", "en")
+    assert (errors.ref_clean, errors.hyp_clean) == ("mister smith can not", "mister smith can not go")
+    assert (errors.wer_errors, errors.ref_words, errors.cer_errors, errors.ref_chars) == (1, 4, 3, 20)
+    assert utterance_errors("Mr. Smith", "mister smith", "en", "opd-basic-1").wer_errors == 1
+    with pytest.raises(ValueError, match="unknown normaliser 'none'"):
+        utterance_errors("a", "a", "en", "none")
+
+
+def test_a_thousand_utterances_take_a_second() -> None:
+    words = "the quick brown fox doesn't jump 21 times over Mr. Smith's lazy dog and three hundred dollars"
+    choice = random.Random(0)
+    for language in ("en", "de", "zh"):
+        references = [" ".join(choice.choices(words.split(), k=20)) for _ in range(1000)]
+        hypotheses = [text.replace("fox", "box") for text in references]
+        start = time.process_time()
+        score_transcripts(references, hypotheses, language)
+        assert time.process_time() - start < 5, language
 
 
 def test_corpus_level_not_mean_of_utterances() -> None:
@@ -63,6 +120,8 @@ def test_bad_input_is_refused() -> None:
         score_transcripts(["a", "b"], ["a"])
     with pytest.raises(ValueError, match="unknown language 'xx'"):
         score_transcripts(["a"], ["a"], ["xx"])
+    with pytest.raises(ValueError, match="unknown normaliser 'best': use auto or one of opd-basic-1, "):
+        score_transcripts(["a"], ["a"], "en", "best")
 
 
 def test_sample_table_holds_the_worst_and_fixed_random_ones() -> None:
@@ -80,6 +139,12 @@ def test_sample_table_holds_the_worst_and_fixed_random_ones() -> None:
 
 
 def test_sample_table_of_a_small_set() -> None:
-    rows = sample_table(["a", "b"], ["", "Yes."], ["uh huh", "Yes."], num_samples=8, languages=["en", None])
-    assert sorted(rows) == [("a", "", "uh huh", 2.0), ("b", "Yes.", "Yes.", 0.0)]
+    rows = sample_table(["a", "b"], ["", "Yes."], ["oh no", "Yes."], num_samples=8, languages=["de", None])
+    assert sorted(rows) == [("a", "", "oh no", 2.0), ("b", "Yes.", "Yes.", 0.0)]
     assert sample_table(["a"], ["x"], ["x"], num_samples=0) == []
+
+
+def test_sample_table_compares_as_it_is_told() -> None:
+    row = (["a"], ["twenty one"], ["21"], "en")
+    assert [sample.wer for sample in sample_table(*row)] == [0.0]
+    assert [sample.wer for sample in sample_table(*row, normaliser="opd-basic-1")] == [1.0]
