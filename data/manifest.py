@@ -6,7 +6,8 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,10 @@ def read_manifest(
     Raises ValueError naming file and line for whatever is wrong.
     """
     path = Path(path)
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise ValueError(f"manifest {path} cannot be read ({error.strerror}): check the path") from error
     utterances: list[Utterance] = []
     line_of_id: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        utterance = _parse_line(line, f"{path}:{number}", path.absolute().parent, default_language)
+    for number, fields in _read_lines(path):
+        utterance = to_utterance(fields, f"{path}:{number}", path.absolute().parent, default_language)
         if require_text and not (utterance.text and utterance.text.strip()):
             raise ValueError(f"{path}:{number}: this set needs a transcript: give the line a non-empty `text`")
         if utterance.id in line_of_id:
@@ -46,9 +41,33 @@ def read_manifest(
             )
         line_of_id[utterance.id] = number
         utterances.append(utterance)
-    if not utterances:
-        raise ValueError(f"manifest {path} has no utterances: write one JSON object per line")
     return utterances
+
+
+def read_rows(
+    path: str | Path, field_names: Mapping[str, str] | None = None, default_language: str | None = None
+) -> list[tuple[dict[str, Any], Utterance]]:
+    """Each line of a JSONL manifest as written, with the utterance it describes; ids may repeat.
+
+    field_names says where a file keeps `audio`, `text`, `begin_time` or `end_time` under another name. A relative
+    `audio` is one of the manifest's folder, or of the working directory where only that exists.
+    Raises ValueError naming file and line for whatever is wrong.
+    """
+    path = Path(path)
+    folder = path.absolute().parent
+    names = dict(field_names or {})
+    rows = []
+    for number, fields in _read_lines(path):
+        taken = {own: fields.get(theirs) for own, theirs in names.items()}
+        where = f"{path}:{number}"
+        if names.get("audio", "audio") not in fields:
+            raise ValueError(f"{where}: lacks `{names.get('audio', 'audio')}`: give the path of the sound file")
+        utterance = to_utterance({**fields, **taken}, where, folder, default_language)
+        written = str(taken.get("audio") or fields["audio"])
+        if not os.path.exists(utterance.audio) and os.path.exists(written):
+            utterance = replace(utterance, audio=os.path.abspath(written))
+        rows.append((fields, utterance))
+    return rows
 
 
 def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> None:
@@ -58,12 +77,13 @@ def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> None:
     written unchanged and so counts from that folder. Raises ValueError where `extra` holds a field of Utterance itself.
     """
     path = Path(path)
-    lines = [json.dumps(_to_fields(utterance, path.absolute().parent), ensure_ascii=False) for utterance in utterances]
+    folder = path.absolute().parent
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in lines)
+            for utterance in utterances:
+                file.write(json.dumps(_to_fields(utterance, folder), ensure_ascii=False) + "\n")
         umask = os.umask(0)  # mkstemp makes a private file; a manifest gets the usual mode
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
@@ -73,14 +93,36 @@ def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> None:
         raise
 
 
-def _parse_line(line: bytes, where: str, folder: Path, default_language: str | None) -> Utterance:
-    """`where` is "file:line" for messages."""
+def _read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """(line number, JSON object) of each line that is not blank."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ValueError(f"manifest {path} cannot be read ({error.strerror}): check the path") from error
+    parsed = [
+        (number, parse_line(line, f"{path}:{number}")) for number, line in enumerate(lines, start=1) if line.strip()
+    ]
+    if not parsed:
+        raise ValueError(f"manifest {path} has no utterances: write one JSON object per line")
+    return parsed
+
+
+def parse_line(line: bytes, where: str) -> dict[str, Any]:
+    """The JSON object of a line. `where` is "file:line" for messages. Raises ValueError for anything else."""
     try:
         fields = json.loads(line.decode("utf-8-sig"))
     except ValueError as error:  # bad JSON and bad UTF-8 alike
         raise ValueError(f"{where}: not a JSON object in UTF-8 ({error}): each line is one {{...}}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(fields).__name__}: each line is one {{...}}")
+    return fields
+
+
+def to_utterance(fields: dict[str, Any], where: str, folder: Path, default_language: str | None = None) -> Utterance:
+    """The utterance that the fields of a line describe; a relative `audio` counts from `folder`.
+
+    `where` is "file:line" for messages. Raises ValueError for whatever is wrong.
+    """
     audio = _string(fields, "audio", where)
     if not audio:
         raise ValueError(f"{where}: lacks `audio`: give the path of the sound file")

@@ -1,29 +1,29 @@
 """Synthetic speech: spoken digit strings that a small model learns in minutes on a laptop, without any download.
 
 `ensure_digits()` makes all sets once and returns their manifests; `python -m data.synthetic` does it from a shell.
-The audio comes from eSpeak NG (pip install '.[speech]'): 34 training voices, 10 others for the test of unseen voices.
+`make_set()` makes one set, of digits or of given texts (data/sentence_sets.py: sentences). The audio comes from eSpeak NG
+(pip install '.[speech]'): 34 training voices, 10 others for the test of unseen voices.
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
-import wave
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from data.build import MARKER, build_once, cache_home
 from data.espeak import SAMPLING_RATE, check_installed, synthesise, variants
+from data.mixing import make_noise, mix, rms, trim, write_wav
 
 __all__ = ["TRAINING_VOICES", "UNSEEN_VOICES", "Voice", "ensure_digits", "make_set", "synthesise"]
 
@@ -32,13 +32,12 @@ BABBLE_WORDS = (
     *("people", "talk", "about", "weather", "music", "dinner", "holiday", "garden"),
     *("morning", "water", "paper", "window", "family", "coffee", "market"),
 )
-MIN_SNR, MAX_SNR = 5.0, 25.0  # dB
+SNR = (5.0, 25.0)  # dB, least and most
 MIN_LEVEL, MAX_LEVEL = -35.0, -15.0  # speech RMS in dB below full scale: the random gain
 MIN_PAUSE, MAX_PAUSE = 0.05, 0.15  # seconds before and after the words
 NUM_PROCESSES = 2
 # Utterances made by one process. Part of what defines the audio: eSpeak's output depends on the calls before it.
 SHARD_SIZE = 500
-MARKER = "COMPLETE"
 
 logger = logging.getLogger(__name__)
 
@@ -108,34 +107,24 @@ def ensure_digits(home: Path | None = None) -> dict[str, Path]:
     They live in `home`/speech/digits-v1, `home` being $OPD_HOME or ~/.cache/opd by default. An interrupted build is
     redone, and a second process waits for the first. Raises ValueError when eSpeak is needed and not installed.
     """
-    home = Path(home or os.environ.get("OPD_HOME") or "~/.cache/opd").expanduser().resolve()
-    build_sets(home / "speech" / DIGITS_NAME, SETS)
-    return {name: home / "speech" / DIGITS_NAME / f"{name}.jsonl" for name in SETS}
+    target = cache_home(home) / "speech" / DIGITS_NAME
+    build_sets(target, SETS)
+    return {name: target / f"{name}.jsonl" for name in SETS}
 
 
 def build_sets(target: Path, sets: dict[str, DigitSet]) -> None:
-    """Make `sets` in the folder `target`, once: built beside it, renamed when complete, under a file lock."""
-    if (target / MARKER).exists():
-        return
-    check_installed()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.parent / f"{target.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released by the system when the process ends, however it ends
-        if (target / MARKER).exists():
-            return
-        for leftover in [target, *target.parent.glob(f"{target.name}.partial-*")]:
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-", dir=target.parent))
-        try:
-            for name, digit_set in sets.items():
-                num_utterances = digit_set.num_utterances + digit_set.num_short
-                logger.info("making synthetic speech: %s, %d utterances, in %s", name, num_utterances, target)
-                make_set(partial, name, **vars(digit_set))
-            (partial / MARKER).write_text(f"{sum(s.num_utterances + s.num_short for s in sets.values())} utterances\n")
-            partial.chmod(0o755)  # mkdtemp makes it private
-            partial.rename(target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    """Make `sets` in the folder `target`, once."""
+
+    def make(folder: Path) -> str:
+        for name, digit_set in sets.items():
+            num_utterances = digit_set.num_utterances + digit_set.num_short
+            logger.info("making synthetic speech: %s, %d utterances, in %s", name, num_utterances, target)
+            make_set(folder, name, **vars(digit_set))
+        return f"{sum(s.num_utterances + s.num_short for s in sets.values())} utterances"
+
+    if not (target / MARKER).exists():
+        check_installed()
+        build_once(target, make)
 
 
 def make_set(
@@ -147,13 +136,17 @@ def make_set(
     num_short: int = 0,
     voices: tuple[Voice, ...] = TRAINING_VOICES,
     with_text: bool = True,
+    texts: Sequence[str] | None = None,
+    snr: tuple[float, float] = SNR,
 ) -> Path:
     """Write `out_dir`/`name`/*.wav (16 kHz, 16 bit, mono) and the manifest `out_dir`/`name`.jsonl; return its path.
 
-    The first `num_utterances` have 2–5 digits, `num_short` more have 1–2. The same arguments give the same bytes on one
-    machine, because fresh processes make SHARD_SIZE utterances each. Raises ValueError for an unknown voice variant and
-    where eSpeak is missing.
+    The first `num_utterances` have 2–5 digits, `num_short` more have 1–2; `texts`, one an utterance, are spoken instead.
+    `snr` is the range of the signal-to-noise ratio in dB. The same arguments give the same bytes on one machine, because
+    fresh processes make SHARD_SIZE utterances each. Raises ValueError for an unknown voice variant and where eSpeak is
+    missing.
     """
+    assert texts is None or len(texts) == num_utterances + num_short, "one text an utterance"
     unknown = sorted({voice.variant for voice in voices} - variants())
     if unknown:
         raise ValueError(f"unknown voice variants {', '.join(unknown)}: known are {', '.join(sorted(variants()))}")
@@ -168,6 +161,8 @@ def make_set(
             "first": first,
             "last": min(first + SHARD_SIZE, total),
             "num_long": num_utterances,
+            "texts": None if texts is None else list(texts[first : min(first + SHARD_SIZE, total)]),
+            "snr": snr,
             "voices": [asdict(voice) for voice in voices],
             "parent": os.getpid(),
         }
@@ -223,17 +218,19 @@ def shard_main() -> None:
             sys.exit("the build was killed")  # else this process would write on where the next build cleans up
         # Seeded by the index, so that the draw of an utterance does not depend on its shard.
         generator = np.random.default_rng([shard["seed"], index])
-        min_words, max_words = (2, 5) if index < shard["num_long"] else (1, 2)
-        words = generator.choice(DIGITS, size=generator.integers(min_words, max_words + 1))
+        if shard["texts"] is None:
+            text = _digit_string(2, 5, generator) if index < shard["num_long"] else _digit_string(1, 2, generator)
+        else:
+            text = shard["texts"][index - shard["first"]]
         voice = voices[generator.integers(len(voices))]
-        samples = _noisy_speech(" ".join(words), voice, babble, generator)
+        samples = _noisy_speech(text, voice, babble, shard["snr"], generator)
         utterance_id = f"{shard['set_name']}-{index:05d}"
-        _write_wav(f"{shard['wav_dir']}/{utterance_id}.wav", samples)
+        write_wav(f"{shard['wav_dir']}/{utterance_id}.wav", samples)
         rows.append(
             {
                 "id": utterance_id,
                 "audio": f"{shard['set_name']}/{utterance_id}.wav",
-                "text": " ".join(words),
+                "text": text,
                 "task": "asr",
                 "language": "English",
                 "duration": round(len(samples) / SAMPLING_RATE, 4),
@@ -243,44 +240,22 @@ def shard_main() -> None:
     json.dump(rows, sys.stdout)
 
 
-def _write_wav(path: str, samples: np.ndarray) -> None:
-    """16-bit mono; by the standard library, which takes half of libsndfile's time for small files."""
-    with wave.open(path, "wb") as file:
-        file.setparams((1, 2, SAMPLING_RATE, len(samples), "NONE", "not compressed"))
-        file.writeframes(np.round(samples * 32767).astype("<i2").tobytes())
+def _digit_string(min_words: int, max_words: int, generator: np.random.Generator) -> str:
+    return " ".join(generator.choice(DIGITS, size=generator.integers(min_words, max_words + 1)))
 
 
-def _noisy_speech(text: str, voice: Voice, babble: list[np.ndarray], generator: np.random.Generator) -> np.ndarray:
+def _noisy_speech(
+    text: str, voice: Voice, babble: list[np.ndarray], snr: tuple[float, float], generator: np.random.Generator
+) -> np.ndarray:
     """float32 [samples]: the words with a pause around them, noise and a random gain."""
     rate = int(generator.integers(voice.rate[0], voice.rate[1] + 1))
     pitch = int(generator.integers(voice.pitch[0], voice.pitch[1] + 1))
-    speech = _trim(synthesise(text, voice.espeak, rate, pitch)[0])
-    speech = speech / _rms(speech)
+    speech = trim(synthesise(text, voice.espeak, rate, pitch)[0])
+    speech = speech / rms(speech)
     pauses = [int(pause * SAMPLING_RATE) for pause in generator.uniform(MIN_PAUSE, MAX_PAUSE, size=2)]
     speech = np.pad(speech, pauses)
-    noise = _noise(len(speech), babble, generator)
-    snr = generator.uniform(MIN_SNR, MAX_SNR)
-    level = generator.uniform(MIN_LEVEL, MAX_LEVEL)
-    mixed = (speech + noise * 10 ** (-snr / 20)) * 10 ** (level / 20)
-    return (mixed * min(1.0, 0.99 / np.abs(mixed).max())).astype(np.float32)  # turned down rather than clipped
-
-
-def _noise(num_samples: int, babble: list[np.ndarray], generator: np.random.Generator) -> np.ndarray:
-    """float [num_samples] of RMS 1: white, pink (power falls with 1 / frequency) or babble (six voices at once)."""
-    kind = generator.integers(3)
-    if kind == 2:
-        chosen = generator.choice(len(babble), size=6, replace=False)
-        starts = generator.integers(SAMPLING_RATE, size=6)
-        positions = np.arange(num_samples)
-        noise = sum(np.take(babble[i], positions + start, mode="wrap") for i, start in zip(chosen, starts, strict=True))
-        return noise / _rms(noise)
-    if kind == 0:
-        noise = generator.standard_normal(num_samples)
-    else:
-        # Of a power of two in length, since an FFT of a large prime length takes ten times as long.
-        spectrum = np.fft.rfft(generator.standard_normal(1 << num_samples.bit_length()))
-        noise = np.fft.irfft(spectrum / np.sqrt(np.arange(1, len(spectrum) + 1)))[:num_samples]
-    return noise / _rms(noise)
+    noise = make_noise(len(speech), babble, generator)
+    return mix(speech, noise, snr=generator.uniform(*snr), level=generator.uniform(MIN_LEVEL, MAX_LEVEL))
 
 
 def _babble_sources(seed: int) -> list[np.ndarray]:
@@ -289,19 +264,9 @@ def _babble_sources(seed: int) -> list[np.ndarray]:
     sources = []
     for voice in TRAINING_VOICES[::3]:
         text = " ".join(generator.permutation(BABBLE_WORDS))
-        speech = _trim(synthesise(text, voice.espeak, int(generator.integers(150, 220)), 50)[0])
-        sources.append(speech / _rms(speech))
+        speech = trim(synthesise(text, voice.espeak, int(generator.integers(150, 220)), 50)[0])
+        sources.append(speech / rms(speech))
     return sources
-
-
-def _trim(samples: np.ndarray) -> np.ndarray:
-    """Without the silence at both ends (below a hundredth of the peak)."""
-    loud = np.flatnonzero(np.abs(samples) > 0.01 * np.abs(samples).max())
-    return samples[loud[0] : loud[-1] + 1]
-
-
-def _rms(samples: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(np.square(samples, dtype=np.float64)))) + 1e-12
 
 
 def main() -> None:
