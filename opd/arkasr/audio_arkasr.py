@@ -5,8 +5,13 @@ Shape suffixes: B clips, S samples, C channels, M mel bins, F mel frames, K taps
 
 from __future__ import annotations
 
+import base64
+import http.client
+import io
 import math
 import os
+import re
+import urllib.request
 import wave
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,6 +20,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+DOWNLOAD_SECONDS = 60  # without an answer
 MEL_FLOOR, MEL_RANGE = 1e-10, 8.0  # power floor; decades kept below a clip's own maximum
 BLOCK_SAMPLES = 4_000_000  # samples per spectrogram call, which bounds its memory to some 100 MB
 NUM_ZERO_CROSSINGS = 48  # of the resampling filter, on each side
@@ -23,37 +29,84 @@ PASS_BAND = 0.96  # of the smaller Nyquist frequency
 MAX_RESAMPLING_WEIGHTS = 50_000_000
 
 
-def read_audio(path: str | os.PathLike, rate: int, offset: float = 0.0, duration: float | None = None) -> np.ndarray:
-    """Mono float32 samples at `rate` of a local file, from `offset` seconds for `duration` seconds (None: the rest).
+def load_waveform(
+    source: Any, rate: int, own_rate: int, offset: float = 0.0, duration: float | None = None, where: str = "audio"
+) -> np.ndarray:
+    """Mono float32 samples at `rate` of mono floats at own_rate, or of anything `read_audio` takes.
+
+    Raises ValueError for what is not there, cannot be read, or has another shape or type.
+    """
+    if isinstance(source, (str, os.PathLike, bytes, bytearray)):
+        return read_audio(source, rate, offset, duration, where)
+    if isinstance(own_rate, bool) or not isinstance(own_rate, (int, np.integer)) or own_rate < 1:
+        raise ValueError(f"{where}: sampling_rate={own_rate!r} must be a whole number of Hz")
+    samples = check_waveform(source, 0, where)
+    return resample(samples[slice(*segment_bounds(len(samples), own_rate, offset, duration, where))], own_rate, rate)
+
+
+def read_audio(
+    source: str | os.PathLike | bytes | bytearray,
+    rate: int,
+    offset: float = 0.0,
+    duration: float | None = None,
+    where: str = "audio",
+) -> np.ndarray:
+    """Mono float32 samples at `rate` of an audio file, from `offset` seconds for `duration` seconds (None: the rest).
+
+    source  a path, an http(s) address, or the file's bytes, which messages call `where`
 
     Any format through soundfile; PCM WAV by the standard library where soundfile is not installed. Channels are
     averaged. Raises ValueError for what is not there or cannot be read.
     """
-    name = os.fspath(path).removeprefix("file://")
-    if "://" in name:
-        raise ValueError(f"{name}: only local files are read; download it first")
-    if not os.path.isfile(name):
-        raise ValueError(f"{name}: no such audio file; check the path (working directory {os.getcwd()})")
+    name, file = _locate(source, where)
     try:
         import soundfile
     except ImportError:
-        samples_SC, own_rate = _read_wav(name, offset, duration)
+        samples_SC, own_rate = _read_wav(file, name, offset, duration)
     else:
         try:
-            with soundfile.SoundFile(name) as file:
-                own_rate = file.samplerate
-                start, stop = segment_bounds(file.frames, own_rate, offset, duration, name)
-                file.seek(start)
-                samples_SC = file.read(stop - start, dtype="float32", always_2d=True)
+            with soundfile.SoundFile(file) as sound:
+                own_rate = sound.samplerate
+                start, stop = segment_bounds(sound.frames, own_rate, offset, duration, name)
+                sound.seek(start)
+                samples_SC = sound.read(stop - start, dtype="float32", always_2d=True)
         except soundfile.SoundFileError as error:
             raise ValueError(f"{name}: cannot be read as audio ({error}); convert it to WAV or FLAC") from error
     return resample(samples_SC.mean(axis=1), own_rate, rate)
 
 
-def _read_wav(name: str, offset: float, duration: float | None) -> tuple[np.ndarray, int]:
+def _locate(source: str | os.PathLike | bytes | bytearray, where: str) -> tuple[str, str | io.BytesIO]:
+    """(name for messages, path or content) of a path, an http(s) address, or a file's bytes."""
+    if isinstance(source, (bytes, bytearray)):
+        return where, io.BytesIO(source)
+    name = os.fspath(source).removeprefix("file://")
+    if name.startswith(("http://", "https://")):
+        try:
+            with urllib.request.urlopen(name, timeout=DOWNLOAD_SECONDS) as response:
+                return name, io.BytesIO(response.read())
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise ValueError(f"{name}: cannot be downloaded ({error}); check the address, or give a file") from error
+    if "://" in name:
+        raise ValueError(f"{name}: only files and http(s) addresses are read; download it first")
+    if not os.path.isfile(name):
+        raise ValueError(f"{name}: no such audio file; check the path (working directory {os.getcwd()})")
+    return name, name
+
+
+def decode_base64(text: Any, where: str) -> bytes:
+    """The bytes of an audio file in base64, with or without a `data:` head."""
+    try:
+        return base64.b64decode(re.sub(r"^data:[^,]*,|\s", "", text), validate=True)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{where}: base64 must be the text of an encoded audio file ({error}); encode it anew"
+        ) from error
+
+
+def _read_wav(source: str | io.BytesIO, name: str, offset: float, duration: float | None) -> tuple[np.ndarray, int]:
     """(float32 samples (S, C) in [-1, 1], rate) of a PCM WAV file of 8, 16, 24 or 32 bits."""
     try:
-        with wave.open(name, "rb") as file:
+        with wave.open(source, "rb") as file:
             width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
             start, stop = segment_bounds(file.getnframes(), rate, offset, duration, name)
             file.setpos(start)

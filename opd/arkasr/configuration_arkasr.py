@@ -11,6 +11,9 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_arkasr.ArkasrForConditionalGeneration",
     "AutoProcessor": "processing_arkasr.ArkasrProcessor",
 }
+CUSTOM_PIPELINES = {
+    "automatic-speech-recognition": {"impl": "pipeline_arkasr.ArkasrPipeline", "pt": ["AutoModelForCausalLM"]},
+}
 DEFAULT_ROPE_THETA = 1_000_000.0
 # The encoder of Whisper large-v3, which every published ARK-ASR has.
 DEFAULT_WHISPER = {

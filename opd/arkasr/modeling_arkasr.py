@@ -18,7 +18,9 @@ class ArkasrForConditionalGeneration(Qwen2ForCausalLM):
     """Transcribes: `generate(input_ids, attention_mask, audios, audio_mask)` with what the processor returns."""
 
     config_class = ArkasrConfig
+    input_modalities = ("audio", "text")
     _no_split_modules = ["Qwen2DecoderLayer", "EncoderLayer"]
+    _supports_sdpa = _supports_flash_attn = True  # the encoder's attention too
 
     def __init__(self, config: ArkasrConfig) -> None:
         super().__init__(config)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers import WhisperConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_arkasr import ArkasrConfig, num_audio_tokens
 
@@ -37,35 +39,72 @@ def apply_rope(x_BHEd: torch.Tensor, cos_ER: torch.Tensor, sin_ER: torch.Tensor)
 
 
 class EncoderAttention(nn.Module):
-    """Full self-attention with rotary positions. The key projection has no bias, as in Whisper."""
+    """Full self-attention with rotary positions. The key projection has no bias, as in Whisper.
 
-    def __init__(self, width: int, num_heads: int, dropout: float) -> None:
+    config._attn_implementation  eager, any flash attention that transformers knows, or SDPA for all else
+    """
+
+    is_causal = False  # read by transformers' flash attention
+
+    def __init__(self, config: WhisperConfig) -> None:
         super().__init__()
+        width, num_heads = config.d_model, config.encoder_attention_heads
         if width % (4 * num_heads):
             raise ValueError(
                 f"whisper_config: d_model={width} over encoder_attention_heads={num_heads} must give a head size that "
                 "is a multiple of 4 (half of it is rotated in pairs)"
             )
+        self.config = config
         self.num_heads = num_heads
-        self.dropout = dropout
+        self.dropout = config.attention_dropout
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width, bias=False)
         self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
 
     def forward(
-        self, x_BED: torch.Tensor, rope: tuple[torch.Tensor, ...] | None, bias_B11E: torch.Tensor | None
+        self, x_BED: torch.Tensor, rope: tuple[torch.Tensor, ...] | None, mask: torch.Tensor | None
     ) -> torch.Tensor:
+        """mask is what `attention_mask` made for the implementation in use."""
         query, key, value = (
             projection(x_BED).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if rope is not None:
             query, key = apply_rope(query, *rope), apply_rope(key, *rope)
-        mixed_BHEd = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=bias_B11E, dropout_p=self.dropout if self.training else 0.0
-        )
-        return self.out_proj(mixed_BHEd.transpose(1, 2).flatten(-2))
+        dropout, name = self.dropout if self.training else 0.0, self.config._attn_implementation
+        if is_flash(name):
+            attention = ALL_ATTENTION_FUNCTIONS[name]
+            scale = query.shape[-1] ** -0.5
+            mixed_BEHd, _ = attention(self, query, key, value, mask, dropout=dropout, scaling=scale, is_causal=False)
+        else:
+            attention = eager_attention if name == "eager" else functional.scaled_dot_product_attention
+            mixed_BEHd = attention(query, key, value, attn_mask=mask, dropout_p=dropout).transpose(1, 2)
+        return self.out_proj(mixed_BEHd.flatten(-2))
+
+
+def is_flash(implementation: str | None) -> bool:
+    """Whether it is flash attention, which takes a mask of positions and leaves padding out of the computation."""
+    return implementation is not None and "flash" in implementation
+
+
+def eager_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None, dropout_p: float
+) -> torch.Tensor:
+    """What scaled_dot_product_attention computes, in single steps; softmax in float32."""
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    weights = torch.softmax(scores if attn_mask is None else scores + attn_mask, dim=-1, dtype=torch.float32)
+    return functional.dropout(weights.to(query.dtype), dropout_p) @ value
+
+
+def attention_mask(frame_mask_BE: torch.Tensor, dtype: torch.dtype, implementation: str | None) -> torch.Tensor:
+    """Which frames can be attended to: (B, E) bool for flash attention, else (B, 1, 1, E), 0 or -inf at padding."""
+    visible_BE = frame_mask_BE.clone()
+    visible_BE[:, 0] = True  # a clip without any real frame would be a softmax over nothing: NaN
+    if is_flash(implementation):
+        return visible_BE
+    bias_BE = torch.zeros(visible_BE.shape, dtype=dtype, device=visible_BE.device)
+    return bias_BE.masked_fill(~visible_BE, float("-inf"))[:, None, None, :]
 
 
 class EncoderLayer(GradientCheckpointingLayer):
@@ -74,7 +113,7 @@ class EncoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: ArkasrConfig) -> None:
         super().__init__()
         whisper = config.whisper_config
-        self.self_attn = EncoderAttention(whisper.d_model, whisper.encoder_attention_heads, whisper.attention_dropout)
+        self.self_attn = EncoderAttention(whisper)
         self.self_attn_layer_norm = nn.LayerNorm(whisper.d_model)
         self.fc1 = nn.Linear(whisper.d_model, whisper.encoder_ffn_dim)
         self.fc2 = nn.Linear(whisper.encoder_ffn_dim, whisper.d_model)
@@ -84,9 +123,9 @@ class EncoderLayer(GradientCheckpointingLayer):
         self.activation_dropout = whisper.activation_dropout
 
     def forward(
-        self, x_BED: torch.Tensor, rope: tuple[torch.Tensor, ...] | None, bias_B11E: torch.Tensor | None
+        self, x_BED: torch.Tensor, rope: tuple[torch.Tensor, ...] | None, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        mixed_BED = self.self_attn(self.self_attn_layer_norm(x_BED), rope, bias_B11E)
+        mixed_BED = self.self_attn(self.self_attn_layer_norm(x_BED), rope, mask)
         x_BED = x_BED + functional.dropout(mixed_BED, self.dropout, self.training)
         inner = functional.dropout(
             self.activation(self.fc1(self.final_layer_norm(x_BED))), self.activation_dropout, self.training
@@ -105,6 +144,7 @@ class WhisperRopeEncoder(nn.Module):
             raise ValueError(
                 f"whisper_config: encoder_layerdrop={whisper.encoder_layerdrop} is not supported; set it to 0"
             )
+        self.config = whisper
         self.use_rope = config.use_rope
         self.head_dim = whisper.d_model // whisper.encoder_attention_heads
         self.conv1 = nn.Conv1d(whisper.num_mel_bins, whisper.d_model, kernel_size=3, padding=1)
@@ -125,18 +165,18 @@ class WhisperRopeEncoder(nn.Module):
         if mask_BF is not None:  # the bias makes padding non-zero, and conv2 looks one frame over a clip's end
             x_BDF = x_BDF * mask_BF[:, None].to(x_BDF.dtype)
         x_BED = functional.gelu(self.conv2(x_BDF)).transpose(1, 2)
-        frame_mask_BE, bias_B11E = None, None
+        frame_mask_BE, mask = None, None
         if mask_BF is not None:
             frame_mask_BE = mask_BF[:, ::2].contiguous()
             x_BED = x_BED * frame_mask_BE[..., None].to(x_BED.dtype)
-            bias_B11E = _key_bias(frame_mask_BE, x_BED.dtype)
+            mask = attention_mask(frame_mask_BE, x_BED.dtype, self.config._attn_implementation)
         rope = None
         if self.use_rope:
             rope = rope_tables(x_BED.shape[1], self.head_dim, x_BED.device, x_BED.dtype)
         else:
             x_BED = x_BED + self._absolute_positions(x_BED)
         for layer in self.layers:
-            x_BED = layer(x_BED, rope, bias_B11E)
+            x_BED = layer(x_BED, rope, mask)
         return self.layer_norm(x_BED), frame_mask_BE
 
     def _absolute_positions(self, x_BED: torch.Tensor) -> torch.Tensor:
@@ -146,14 +186,6 @@ class WhisperRopeEncoder(nn.Module):
                 f"audios: {length} encoder frames, but use_rope is false and the position table has {limit}"
             )
         return self.embed_positions(torch.arange(length, device=x_BED.device))
-
-
-def _key_bias(frame_mask_BE: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Additive attention bias (B, 1, 1, E): 0 at real frames, -inf at padding."""
-    visible_BE = frame_mask_BE.clone()
-    visible_BE[:, 0] = True  # a clip without any real frame would be a softmax over nothing: NaN
-    bias_BE = torch.zeros(visible_BE.shape, dtype=dtype, device=visible_BE.device)
-    return bias_BE.masked_fill(~visible_BE, float("-inf"))[:, None, None, :]
 
 
 class ArkasrAudioEncoder(nn.Module):

@@ -18,16 +18,26 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
-from .audio_arkasr import check_waveform, log_mel, read_audio, resample, segment_bounds
+from .audio_arkasr import check_waveform, decode_base64, load_waveform, log_mel, read_audio
+from .chat_arkasr import (
+    BEGIN_AUDIO,
+    END_AUDIO,
+    END_TURN,
+    ROLE_TOKENS,
+    TextOptions,
+    audio_samples,
+    float_dtype,
+    part_segment,
+    part_source,
+    render,
+    text_options,
+)
 from .configuration_arkasr import AUTO_MAP, num_audio_tokens
 
 logger = logging.get_logger(__name__)
 
 DEFAULT_INSTRUCTION = "Please transcribe this audio."
-ROLE_TOKENS = {"user": "<|user|>", "assistant": "<|assistant|>", "system": "<|system|>"}
-BEGIN_AUDIO, END_AUDIO, END_TURN = "<|begin_of_audio|>", "<|end_of_audio|>", "<|im_end|>"
 EXTRA_SPECIAL_TOKENS = [ROLE_TOKENS["user"], BEGIN_AUDIO, END_AUDIO, ROLE_TOKENS["assistant"], ROLE_TOKENS["system"]]
-TEXT_KWARGS = {"padding", "max_length", "padding_side", "truncation", "add_special_tokens"}
 CODEC_MARKERS = re.compile(
     r"<\|bicodec_(semantic|global)_\d+\|>|<\|(start|end)_(of_)?(global_token|glm_token|semantic_token|content)\|>"
 )
@@ -100,17 +110,14 @@ class ArkasrProcessor(ProcessorMixin):
         """input_ids and attention_mask (B, L), left-padded, audios (B, M, F) and audio_mask (B, F), right-padded."""
         audios_BMF, mask_BF = self.features(waveforms)
         prompts = [self.prompt_ids(int(frames)) for frames in mask_BF.sum(1)]
-        return {**self._pad_ids(prompts, "left", None), "audios": audios_BMF, "audio_mask": mask_BF}
+        return {**self._pad_ids(prompts, TextOptions()), "audios": audios_BMF, "audio_mask": mask_BF}
 
-    def _pad_ids(self, rows: list[list[int]], side: str, length: int | None) -> dict[str, torch.Tensor]:
-        longest = max(len(row) for row in rows)
-        if length is not None and longest > length:
-            raise ValueError(f"text_kwargs: max_length={length}, but a prompt has {longest} tokens and cannot be cut")
-        length = length or longest
+    def _pad_ids(self, rows: list[list[int]], options: TextOptions) -> dict[str, torch.Tensor]:
+        length = options.length([len(row) for row in rows])
         ids_BL = torch.full((len(rows), length), self.tokenizer.pad_token_id)
         mask_BL = torch.zeros(len(rows), length, dtype=torch.long)
         for i, row in enumerate(rows):
-            place = slice(length - len(row), length) if side == "left" else slice(0, len(row))
+            place = slice(length - len(row), length) if options.side == "left" else slice(0, len(row))
             ids_BL[i, place] = torch.tensor(row)
             mask_BL[i, place] = 1
         return {"input_ids": ids_BL, "attention_mask": mask_BL}
@@ -120,69 +127,65 @@ class ArkasrProcessor(ProcessorMixin):
     def apply_chat_template(  # type: ignore[override]
         self,
         conversation: list[Any],
+        chat_template: str | None = None,
+        *,
         add_generation_prompt: bool = True,
         tokenize: bool = True,
         return_tensors: str = "pt",
         return_dict: bool = True,
         sampling_rate: int = 16000,
-        audio_padding: str = "longest",
+        audio_padding: str | bool = "longest",
         audio_max_length: int | None = None,
+        audio_pad_to_multiple_of: int | None = None,
         audio_dtype: str | torch.dtype | None = None,
+        audio_torch_dtype: str | torch.dtype | None = None,
         text_kwargs: dict[str, Any] | None = None,
-        padding_side: str = "left",
-        **unknown: Any,
+        **kwargs: Any,
     ) -> BatchFeature | str | list[str]:
         """Model inputs of a conversation, or of a list of conversations with one clip each.
 
         conversation      messages {"role", "content"}; content is a string or parts {"type": "text", "text"} and
-                          {"type": "audio"} with "path" (or "audio", "url": a local file), or "array" (mono floats, with
-                          "sampling_rate" where it is not 16000), and begin_time / end_time in seconds (-1: whole clip)
+                          {"type": "audio"} with "path" (or "audio", "url": a file, http(s) address or encoded bytes),
+                          "base64" (an encoded file), or "array" (mono floats, with "sampling_rate" where it is not that
+                          of the call), and begin_time / end_time in seconds (-1: whole clip)
         tokenize          False gives the prompt text (a list of texts for a list of conversations)
         return_tensors    "pt" or "np"
+        sampling_rate     of arrays; all audio is resampled to the model's 16 kHz
         audio_padding     "longest", or "max_length": mel frames for audio_max_length
         audio_max_length  samples; longer clips are cut. None: 30 s, cut with a warning
-        text_kwargs       padding (True, "longest" or "max_length" with max_length), padding_side
+        audio_pad_to_multiple_of  samples
+        audio_dtype       of `audios` (also audio_torch_dtype); by default that of processor_config.json
+        text_kwargs       padding, truncation, max_length, padding_side, pad_to_multiple_of, add_special_tokens; also
+                          taken from the call itself. Truncation refuses a prompt above max_length, it cannot be cut
 
         Returns input_ids, attention_mask (B, L), audios (B, M, F), audio_mask (B, F).
-        Raises ValueError for whatever it cannot honour.
+        Raises ValueError for whatever it cannot honour, such as a chat_template: the prompt is fixed.
         """
-        if refused := [name for name, value in unknown.items() if value is not None and value is not False]:
-            raise ValueError(f"apply_chat_template: {', '.join(refused)} cannot be honoured by ARK-ASR; leave out")
-        if sampling_rate != self.feature_extractor.sampling_rate:
-            raise ValueError(
-                f"sampling_rate={sampling_rate}: the model hears {self.feature_extractor.sampling_rate} Hz. Give an "
-                'array\'s own rate in its part, {"type": "audio", "array": ..., "sampling_rate": ...}'
-            )
-        if return_tensors not in ("pt", "np") or not return_dict:
-            raise ValueError("apply_chat_template: returns a dictionary of 'pt' or 'np' tensors, nothing else")
-        dtype = str(audio_dtype or self.audio_dtype).removeprefix("torch.")
-        if return_tensors == "np" and dtype == "bfloat16":
-            raise ValueError("audio_dtype: numpy has no bfloat16; pass audio_dtype='float32' or return_tensors='pt'")
-        if audio_padding not in ("longest", "max_length"):
-            raise ValueError(f"audio_padding={audio_padding!r}: must be 'longest' or 'max_length'")
-        side, text_length = _text_options(text_kwargs or {}, padding_side)
-        if not isinstance(conversation, (list, tuple)) or not conversation:
-            raise ValueError("conversation: needs a list of messages, or a list of such lists; it is empty or no list")
-        single = isinstance(conversation[0], dict)
-        conversations = [conversation] if single else conversation
-        rendered = [
-            self._render(messages, add_generation_prompt, f"conversation {index}")
-            for index, messages in enumerate(conversations)
+        options = text_options(text_kwargs or {}, {"chat_template": chat_template, **kwargs})
+        rendered = self._render_all(conversation, add_generation_prompt)
+        clips = [
+            self._load_part(part, sampling_rate, audio_max_length, f"conversation {index}")
+            for index, (_, part) in enumerate(rendered)
         ]
-        clips = [self._load_part(part, audio_max_length, f"conversation {i}") for i, (_, part) in enumerate(rendered)]
         hop = self.feature_extractor.hop_length
         texts = [
             text.replace(self.audio_token, self.audio_token * self.num_audio_tokens(len(clip) // hop))
             for (text, _), clip in zip(rendered, clips, strict=True)
         ]
         if not tokenize:
-            return texts[0] if single else texts
-        inputs = self._pad_ids([self._encode(text) for text in texts], side, text_length)
-        audios_BMF, mask_BF = self.features(clips)
-        if audio_padding == "max_length":
-            missing = (audio_max_length or self.feature_extractor.n_samples) // hop - mask_BF.shape[1]
-            audios_BMF, mask_BF = (torch.nn.functional.pad(x, (0, missing)) for x in (audios_BMF, mask_BF))
-        inputs |= {"audios": audios_BMF.to(getattr(torch, dtype)), "audio_mask": mask_BF}
+            return texts[0] if isinstance(conversation[0], dict) else texts
+        if return_tensors not in ("pt", "np") or not return_dict:
+            raise ValueError("apply_chat_template: returns a dictionary of 'pt' or 'np' tensors, nothing else")
+        dtype = float_dtype(audio_dtype or audio_torch_dtype or self.audio_dtype)
+        if return_tensors == "np" and dtype == torch.bfloat16:
+            raise ValueError("audio_dtype: numpy has no bfloat16; pass audio_dtype='float32' or return_tensors='pt'")
+        limit = self.feature_extractor.n_samples if audio_max_length is None else audio_max_length
+        num_samples = audio_samples([len(clip) for clip in clips], audio_padding, limit, audio_pad_to_multiple_of)
+        inputs = self._pad_ids([self._encode(text, options.add_special_tokens) for text in texts], options)
+        audios_BMF, mask_BF = (
+            torch.nn.functional.pad(x, (0, num_samples // hop - x.shape[-1])) for x in self.features(clips)
+        )
+        inputs |= {"audios": audios_BMF.to(dtype), "audio_mask": mask_BF}
         if return_tensors == "np":
             inputs = {name: tensor.numpy() for name, tensor in inputs.items()}
         return BatchFeature(inputs)
@@ -194,64 +197,28 @@ class ArkasrProcessor(ProcessorMixin):
         if unknown:
             raise ValueError(f"processor: unknown argument {', '.join(unknown)}; it takes text and audios")
         texts = [text] if isinstance(text, str) else text
-        inputs = self._pad_ids([self._encode(t) for t in texts], "left", None)
+        inputs = self._pad_ids([self._encode(t, False) for t in texts], TextOptions())
         if audios is not None:
             inputs["audios"], inputs["audio_mask"] = self.features(audios)
         return BatchFeature(inputs)
 
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
 
-    def _render(self, messages: Sequence[dict], add_generation_prompt: bool, where: str) -> tuple[str, dict[str, Any]]:
-        """(prompt with one placeholder, the audio part) of a conversation."""
-        pieces: list[str] = []
-        audio_parts: list[dict[str, Any]] = []
-        for message in messages:
-            role, content = message.get("role"), message.get("content")
-            if role not in ROLE_TOKENS:
-                raise ValueError(f"{where}: role {role!r} is unknown; use {', '.join(ROLE_TOKENS)}")
-            pieces.append(ROLE_TOKENS[role])
-            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content or []:
-                if part.get("type") == "audio":
-                    audio_parts.append(part)
-                    pieces.append(BEGIN_AUDIO + self.audio_token + END_AUDIO)
-                elif part.get("type") == "text" and isinstance(part.get("text"), str):
-                    pieces.append(self._plain_text(part["text"], where))
-                else:
-                    raise ValueError(
-                        f"{where}: part of type {part.get('type')!r}; use 'audio', or 'text' with a string under 'text'"
-                    )
-            pieces += [END_TURN] * (role == "assistant")
-        if len(audio_parts) != 1:
-            raise ValueError(f"{where}: {len(audio_parts)} audio parts; ARK-ASR takes exactly one per conversation")
-        if add_generation_prompt and messages[-1]["role"] == "assistant":
-            raise ValueError(f"{where}: ends with the assistant's turn; pass add_generation_prompt=False")
-        return "".join(pieces) + self.assistant_token * add_generation_prompt, audio_parts[0]
+    def _render_all(self, conversation: Any, add_generation_prompt: bool) -> list[tuple[str, dict[str, Any]]]:
+        """(prompt with one placeholder, audio part) of each conversation."""
+        if not isinstance(conversation, (list, tuple)) or not conversation:
+            raise ValueError("conversation: needs a list of messages, or a list of such lists; it is empty or no list")
+        conversations = [conversation] if isinstance(conversation[0], dict) else conversation
+        return [
+            render(messages, self.audio_token, add_generation_prompt, f"conversation {index}")
+            for index, messages in enumerate(conversations)
+        ]
 
-    def _plain_text(self, text: str, where: str) -> str:
-        if found := [t for t in (self.audio_token, BEGIN_AUDIO, END_AUDIO) if t in text]:
-            raise ValueError(f"{where}: text contains {found[0]}, which marks audio; remove it")
-        return text
-
-    def _load_part(self, part: dict[str, Any], max_length: int | None, where: str) -> np.ndarray:
+    def _load_part(self, part: dict[str, Any], array_rate: int, max_length: int | None, where: str) -> np.ndarray:
         """Mono float32 samples of an audio part at 16 kHz, cut to max_length (None: 30 s)."""
         rate = self.feature_extractor.sampling_rate
-        sources = [key for key in ("path", "audio", "url", "array") if part.get(key) is not None]
-        unknown = set(part) - {"type", "path", "audio", "url", "array", "sampling_rate", "begin_time", "end_time"}
-        if len(sources) != 1 or unknown:
-            raise ValueError(
-                f"{where}: an audio part needs one of path, audio, url (a local file) or array, has "
-                f"{', '.join(sources) or 'none'}"
-                + (f" and the unknown {', '.join(sorted(unknown))}" if unknown else "")
-            )
-        offset, duration = _segment(part, where)
-        if sources[0] == "array" or not isinstance(part[sources[0]], (str, os.PathLike)):
-            own_rate = int(part.get("sampling_rate") or rate)
-            samples = check_waveform(part[sources[0]], 0, where)
-            samples = samples[slice(*segment_bounds(len(samples), own_rate, offset, duration, where))]
-            samples = resample(samples, own_rate, rate)
-        else:
-            samples = self._load_audio_file(part[sources[0]], rate, offset, duration)
+        samples = self._part_samples(part, rate, array_rate, where)
         limit = self.feature_extractor.n_samples if max_length is None else max_length
         if max_length is None and len(samples) > limit:
             logger.warning(
@@ -260,11 +227,47 @@ class ArkasrProcessor(ProcessorMixin):
             )
         return check_waveform(samples[:limit], self.feature_extractor.n_fft // 2, where)
 
+    def _part_samples(self, part: dict[str, Any], rate: int, array_rate: int, where: str) -> np.ndarray:
+        key, source = part_source(part, where)
+        offset, duration = part_segment(part, where)
+        if key == "base64":
+            source = decode_base64(source, where)
+        elif isinstance(source, (str, os.PathLike)):
+            return self._load_audio_file(source, rate, offset, duration)
+        return load_waveform(source, rate, part.get("sampling_rate") or array_rate, offset, duration, where)
+
+    # The next three are what scripts written for the published remote code call.
+
     def _load_audio_file(
         self, path: str | os.PathLike, sampling_rate: int, offset: float = 0.0, duration: float | None = None
     ) -> np.ndarray:
-        """A local file's mono float32 samples at `sampling_rate`, from `offset` seconds for `duration` seconds."""
+        """Mono float32 samples at `sampling_rate` of a file or http(s) address, from `offset` for `duration` seconds."""
         return read_audio(path, sampling_rate, offset, duration)
+
+    def _build_templates_and_audios(
+        self, conversations: Sequence[Any], sampling_rate: int = 16000, add_generation_prompt: bool = True
+    ) -> tuple[list[str], list[np.ndarray]]:
+        """(prompts with one placeholder between the audio marks, whole clips at `sampling_rate`) of conversations."""
+        rendered = self._render_all(conversations, add_generation_prompt)
+        clips = [
+            self._part_samples(part, sampling_rate, sampling_rate, f"conversation {index}")
+            for index, (_, part) in enumerate(rendered)
+        ]
+        return [text for text, _ in rendered], clips
+
+    def _calculate_audio_token_counts_per_sample(
+        self,
+        audios_raw: Sequence[np.ndarray],
+        sampling_rate: int = 16000,
+        audio_max_length: int | None = None,
+        audio_pad_to_multiple_of: int | None = None,
+    ) -> list[int]:
+        """Placeholders of each clip, from its own length cut to audio_max_length; padding adds none."""
+        extractor = self.feature_extractor
+        if sampling_rate != extractor.sampling_rate:
+            raise ValueError(f"sampling_rate={sampling_rate}: clips must be at {extractor.sampling_rate} Hz; resample")
+        limit = extractor.n_samples if audio_max_length is None else audio_max_length
+        return [self.num_audio_tokens(min(len(clip), limit) // extractor.hop_length) for clip in audios_raw]
 
     # -- text --------------------------------------------------------------------------------------------------------
 
@@ -320,35 +323,6 @@ def blocked_token_ids(tokenizer: Any, vocab_size: int, eos_token_id: int | Seque
     blocked = {i for i in range(vocab_size) if i not in known} | set(tokenizer.all_special_ids) | marked
     ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
     return sorted(i for i in blocked - ends if i < vocab_size)
-
-
-def _segment(part: dict[str, Any], where: str) -> tuple[float, float | None]:
-    """(offset, duration or None for the rest) in seconds from begin_time and end_time; -1 or None is open."""
-    begin, end = (part.get(key) for key in ("begin_time", "end_time"))
-    begin, end = -1.0 if begin is None else float(begin), -1.0 if end is None else float(end)
-    offset = max(begin, 0.0)
-    if 0 <= end <= offset:
-        raise ValueError(f"{where}: end_time {end:g} is not after begin_time {offset:g}; correct the times")
-    return offset, None if end < 0 else end - offset
-
-
-def _text_options(text_kwargs: dict[str, Any], padding_side: str) -> tuple[str, int | None]:
-    """(padding side, length to pad to or None) of text_kwargs."""
-    unknown = sorted(set(text_kwargs) - TEXT_KWARGS)
-    padding, length = text_kwargs.get("padding", True), text_kwargs.get("max_length")
-    side = text_kwargs.get("padding_side", padding_side)
-    if unknown or text_kwargs.get("truncation") or text_kwargs.get("add_special_tokens"):
-        raise ValueError(
-            f"text_kwargs: {', '.join(unknown) or 'truncation and add_special_tokens'} cannot be honoured, the prompt "
-            "is fixed by the audio; use padding, max_length, padding_side"
-        )
-    if padding not in (True, "longest", "max_length") or (padding == "max_length") != (length is not None):
-        raise ValueError(
-            f"text_kwargs: padding={padding!r} with max_length={length}; use 'longest', or both for a length"
-        )
-    if side not in ("left", "right"):
-        raise ValueError(f"padding_side={side!r}: must be 'left' or 'right'")
-    return side, length
 
 
 def _rewrite_tokenizer_config(path: str) -> None:

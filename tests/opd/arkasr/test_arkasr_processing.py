@@ -168,59 +168,6 @@ def test_length_limit_is_the_same_for_frames_and_slots(processor, monkeypatch):
     assert "30.0 s is cut to 30 s" in warnings[0]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"chat_template": "x"}, "chat_template"),
-        ({"audio_pad_to_multiple_of": 8}, "audio_pad_to_multiple_of"),
-        ({"sampling_rate": 8000}, "sampling_rate=8000"),
-        ({"return_tensors": "tf"}, "'pt' or 'np'"),
-        ({"return_dict": False}, "dictionary"),
-        ({"return_tensors": "np", "audio_dtype": "bfloat16"}, "no bfloat16"),
-        ({"audio_padding": "do_not_pad"}, "audio_padding"),
-        ({"text_kwargs": {"truncation": True}}, "truncation"),
-        ({"text_kwargs": {"stride": 3}}, "stride"),
-        ({"text_kwargs": {"padding": False}}, "padding"),
-        ({"text_kwargs": {"padding": "max_length", "max_length": 5}}, "cannot be cut"),
-        ({"padding_side": "middle"}, "padding_side"),
-    ],
-)
-def test_options_that_cannot_be_honoured_are_refused(processor, change, message):
-    with pytest.raises(ValueError, match=message):
-        processor.apply_chat_template(conversation(array=tone(3200)), **change)
-
-
-@pytest.mark.parametrize(
-    ("messages", "message"),
-    [
-        ([{"role": "user", "content": "no audio"}], "0 audio parts"),
-        ([{"role": "user", "content": [{"type": "text"}]}], "with a string"),
-        (conversation(array=tone(400)) * 2, "2 audio parts"),
-        ([{"role": "tool", "content": "x"}], "role 'tool'"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "type 'image'"),
-        ([*conversation(array=tone(400)), {"role": "assistant", "content": "x"}], "add_generation_prompt=False"),
-        (conversation(), "has none"),
-        (conversation(array=tone(400), path="x.wav"), "has path, array"),
-        (conversation(array=tone(400), base64="x"), "unknown base64"),
-        (conversation(array=tone(400), begin_time=1.0), "begins at 1 s"),
-        (conversation(array=tone(400), begin_time=1.0, end_time=0.5), "not after begin_time"),
-        (conversation(url="https://example.org/a.wav"), "only local files"),
-        (conversation(path="/nowhere/a.wav"), "no such audio file"),
-        ([{"role": "user", "content": [{"type": "audio", "array": tone(400)}, {"type": "text", "text": "<|audio|>"}]}],
-         "marks audio"),
-    ],
-)  # fmt: skip
-def test_conversations_that_cannot_be_honoured_are_refused(processor, messages, message):
-    with pytest.raises(ValueError, match=message):
-        processor.apply_chat_template([messages])
-
-
-def test_no_conversation_is_refused(processor):
-    for nothing in ([], "one two"):
-        with pytest.raises(ValueError, match="needs a list of messages"):
-            processor.apply_chat_template(nothing)
-
-
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
