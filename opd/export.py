@@ -17,6 +17,7 @@ import transformers
 import yaml
 from safetensors.torch import save_file
 
+from data.command_line import key_values
 from opd.arkasr import (
     CODE_FILES,
     ArkasrConfig,
@@ -25,7 +26,9 @@ from opd.arkasr import (
     load_model,
     load_processor,
 )
-from opd.arkasr.configuration_arkasr import AUTO_MAP
+from opd.arkasr.configuration_arkasr import AUTO_MAP, CUSTOM_PIPELINES
+from opd.card import check_card_facts, write_model_card
+from opd.hub import check_push, push
 from opd.types import DTYPES
 
 CODE_DIR = Path(__file__).parent / "arkasr"
@@ -76,58 +79,6 @@ def save_arkasr(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return out_dir
-
-
-def write_model_card(out_dir: str | os.PathLike, facts: Mapping[str, Any]) -> Path:
-    """Writes README.md: how to use the folder, and `facts` (nested mappings of plain values) as tables.
-
-    The entry "eval" ({set: {"before" | "after" | "teacher": {"wer": ..., "cer": ...} or None}}) becomes the table of
-    results, the entry "config" the settings at the end, all others one table of facts.
-    """
-    sections = [CARD_HEAD]
-    if facts.get("eval"):
-        sections.append("## Results\n\n" + _results_table(facts["eval"]))
-    plain = {key: value for key, value in facts.items() if key not in ("eval", "config") and value is not None}
-    if plain:
-        sections.append("## Facts\n\n" + _table(("fact", "value"), _flatten(plain)))
-    if facts.get("config"):
-        sections.append("## Settings\n\n" + _table(("key", "value"), _flatten(facts["config"])))
-    path = Path(out_dir) / "README.md"
-    path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
-    return path
-
-
-CARD_HEAD = """---
-library_name: transformers
-pipeline_tag: automatic-speech-recognition
-tags:
-- arkasr
-- on-policy-distillation
----
-
-# ARK-ASR student
-
-A speech recogniser: Whisper encoder, MLP adapter, Qwen2 decoder.
-
-```python
-import torch
-from transformers import AutoModelForCausalLM, AutoProcessor
-
-path = "."  # this folder
-model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
-processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
-conversation = [{"role": "user", "content": [
-    {"type": "audio", "path": "speech.wav"},
-    {"type": "text", "text": "Please transcribe this audio."},
-]}]
-inputs = processor.apply_chat_template(conversation)
-with torch.no_grad():
-    ids = model.generate(
-        **inputs, max_new_tokens=256, do_sample=False,
-        suppress_tokens=processor.blocked_token_ids(model.config.vocab_size),  # control tokens are not text
-    )
-print(processor.clean_text(ids[0, inputs["input_ids"].shape[1]:]))
-```"""
 
 
 def _check_processor(config: ArkasrConfig, processor: ArkasrProcessor) -> None:
@@ -181,6 +132,7 @@ def _config_dict(config: ArkasrConfig, processor: ArkasrProcessor, dtype_name: s
     content |= {
         "architectures": [ArkasrForConditionalGeneration.__name__],
         "auto_map": AUTO_MAP,
+        "custom_pipelines": CUSTOM_PIPELINES,
         "dtype": dtype_name,
         "rope_theta": config.rope_theta,
         **_token_ids(processor),
@@ -216,43 +168,28 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _results_table(evaluation: Mapping[str, Any]) -> str:
-    rows = []
-    for name, results in evaluation.items():
-        cells = [name]
-        for who in ("before", "after", "teacher"):
-            result = results.get(who)
-            cells.append(f"{result['wer']:.2%} / {result['cer']:.2%}" if result else "-")
-        rows.append(cells)
-    return _table(("set", "WER / CER before", "WER / CER after", "teacher"), rows)
+# -- python -m opd.export run_dir=... [step=...] [out_dir=...] [push=...] -------------------------------------------------
 
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    rows: list[tuple[str, str]] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            rows += _flatten(value, f"{prefix}{key}.")
-        else:
-            rows.append((f"{prefix}{key}", str(value)))
-    return rows
-
-
-def _table(head: tuple[str, ...], rows: Any) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
-    return "\n".join(lines)
-
-
-# -- python -m opd.export run_dir=... [step=...] [out_dir=...] -----------------------------------------------------------
+CARD_ARGUMENTS = ("license", "base_model", "datasets", "languages")
+RUN_ARGUMENTS = ("run_dir", "step", "out_dir", *CARD_ARGUMENTS)
+PUSH_ARGUMENTS = ("push", "private", "revision")
+EVAL_DATASET = "eval_dataset."
 
 
 def export_checkpoint(
-    run_dir: str | os.PathLike, step: int | None = None, out_dir: str | os.PathLike | None = None
+    run_dir: str | os.PathLike,
+    step: int | None = None,
+    out_dir: str | os.PathLike | None = None,
+    card: Mapping[str, Any] | None = None,
 ) -> Path:
     """Exports a checkpoint of a run in one process, without Ray; returns the folder.
 
     step     of a complete checkpoint, by default the newest; out_dir by default <run_dir>/export
-    Raises ValueError where there is no such run or checkpoint, naming the steps there are.
+    card     further facts for `opd.card.write_model_card`, such as license
+
+    The model card has the error rates that the run measured with this very checkpoint, and none where it did not.
+    Raises ValueError where there is no such run or checkpoint, naming the steps there are, and as `write_model_card`
+    does; both before anything is written.
     """
     import torch.distributed.checkpoint as dcp
 
@@ -264,6 +201,8 @@ def export_checkpoint(
     if not steps or (step is not None and step not in steps):
         raise ValueError(f"run_dir={run_dir}: no complete checkpoint of step {step}; there are {steps or 'none'}")
     step = steps[-1] if step is None else step
+    facts = {**_run_facts(run_dir, config, step), **(card or {}), "config": config}
+    check_card_facts(facts)
     start = config["student"]["path"] or str(run_dir / "init")
     model, processor = load_model(start), load_processor(start)
     # As the engine names them: the model is a member of what is trained.
@@ -275,40 +214,117 @@ def export_checkpoint(
     export = config["export"]
     target = Path(out_dir) if out_dir else run_dir / "export"
     save_arkasr(weights, model.config, processor, target, export["dtype"], export["code"])
-    write_model_card(target, {"recipe": config["recipe"], "stage": config["stage"], "step": step, "config": config})
+    write_model_card(target, facts)
     return target
 
 
-def push(folder: str | os.PathLike, repository: str) -> None:
-    """Uploads an export to a Hub repository, made where it is missing. Needs a token (HF_TOKEN or `hf auth login`)."""
-    from huggingface_hub import HfApi
+def _run_facts(run_dir: Path, config: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """What the run directory tells of a checkpoint, with the evaluation of this very step if there was one."""
+    facts: dict[str, Any] = {"recipe": Path(config["recipe"]).stem, "stage": config["stage"], "step": step}
+    path = run_dir / "summary.json"
+    summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    facts["languages"] = summary.get("languages")
+    if summary and step == summary.get("exported_step", summary["steps"]):
+        facts["eval"] = summary["eval"]
+    elif evaluation := _evaluation_within(run_dir, config, step):
+        facts["eval"] = evaluation
+        if (dtype := config["export"]["dtype"]) != "float32":
+            facts["evaluated_weights"] = f"float32, not yet rounded to {dtype}"
+    return facts
 
-    api = HfApi()
-    api.create_repo(repository, exist_ok=True)
-    api.upload_folder(folder_path=os.fspath(folder), repo_id=repository, commit_message="Export")
+
+def _evaluation_within(run_dir: Path, config: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """{set: results} of an evaluation between the steps.
+
+    The evaluation after the end is not one of them: metrics.jsonl has it under the last step, although it is that of
+    the exported checkpoint, which may be an earlier one. Where both are under one step, it comes second.
+    """
+    every = config["eval"]["eval_every"]
+    if not every or step % every or step == config["train"]["num_steps"]:
+        return {}
+    after: dict[str, dict[str, Any]] = {}
+    for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        values = json.loads(line) if line.endswith("}") else {}
+        names = [key.removeprefix("eval/wer/") for key in values if key.startswith("eval/wer/")]
+        if values.get("step") == step:
+            for name in names:
+                rates = {key: values[f"eval/{key}/{name}"] for key in ("wer", "cer", "num_utterances")}
+                after.setdefault(name, rates)
+    loop_state = run_dir / "checkpoints" / f"step-{step:06d}" / "loop_state.json"
+    state = json.loads(loop_state.read_text(encoding="utf-8"))
+    before, teacher = state.get("eval_before") or {}, state.get("eval_teacher") or {}
+    return {
+        name: {
+            "before": before.get(name),
+            # The normaliser is not in metrics.jsonl; it is the same all through a run.
+            "after": {**rates, "normaliser": (before.get(name) or {}).get("normaliser")},
+            "teacher": teacher.get(name),
+        }
+        for name, rates in after.items()
+        if None not in rates.values()  # a rate that is not finite, on a set without words
+    }
 
 
 def main(argv: list[str]) -> int:
-    """Command line; returns the exit status."""
-    known = ("run_dir", "step", "out_dir", "push_to")
+    """Command line; returns the exit status.
+
+    run_dir=DIR [step=N] [out_dir=DIR]    exports a checkpoint
+        license=ID base_model=ORG/NAME datasets=ORG/A,ORG/B languages=en,de eval_dataset.SET=ORG/DATASET:TASK
+                                          what the model card says beside what the run knows (`opd.card`)
+        push=ORG/NAME [private=true] [revision=BRANCH]    and pushes it, after checks before the export (`opd.hub`)
+    folder=DIR push=ORG/NAME ...          pushes a finished export
+    """
     transformers.utils.logging.disable_progress_bar()
     try:
-        arguments = dict(argument.partition("=")[::2] for argument in argv)
-        if unknown := [name for name in arguments if name not in known]:
-            raise ValueError(f"unknown argument {unknown[0]}; there are {', '.join(f'{name}=...' for name in known)}")
-        if not arguments.get("run_dir"):
-            raise ValueError("run_dir=... is missing: the run directory to export from")
-        step = arguments.get("step")
-        if step is not None and not step.isdigit():
-            raise ValueError(f"step={step}: must be a whole number, the step of a checkpoint")
-        folder = export_checkpoint(arguments["run_dir"], int(step) if step else None, arguments.get("out_dir"))
-        print(f"export: {folder}")
-        if arguments.get("push_to"):
-            push(folder, arguments["push_to"])
+        arguments = _read_arguments(argv)
+        repository, revision = arguments.get("push"), arguments.get("revision")
+        private = {"true": True, "false": False}[arguments["private"]] if "private" in arguments else None
+        if repository:
+            check_push(repository, private)
+        if "folder" in arguments:
+            folder = Path(arguments["folder"])
+        else:
+            step = arguments.get("step")
+            folder = export_checkpoint(
+                arguments["run_dir"], int(step) if step else None, arguments.get("out_dir"), _card_facts(arguments)
+            )
+            print(f"export: {folder}")
+        if repository:
+            print(f"push: {push(folder, repository, private, revision)}")
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
+
+
+def _read_arguments(argv: list[str]) -> dict[str, str]:
+    sets = [name for name in (argument.partition("=")[0] for argument in argv) if name.startswith(EVAL_DATASET)]
+    arguments = key_values(argv, (*RUN_ARGUMENTS, f"{EVAL_DATASET}SET", "folder", *PUSH_ARGUMENTS, *sets))
+    if empty := [name for name, value in arguments.items() if not value]:
+        raise ValueError(f"{empty[0]}= is empty: give it a value, or leave it out")
+    if "folder" in arguments:
+        if other := [name for name in arguments if name not in ("folder", *PUSH_ARGUMENTS)]:
+            raise ValueError(f"{other[0]}= does not go with folder=, which pushes an export as it is: leave one out")
+        if "push" not in arguments:
+            raise ValueError("push=ORG/NAME is missing: where the folder goes")
+    elif "run_dir" not in arguments:
+        raise ValueError("run_dir=... is missing: the run directory to export from (or folder=..., an export to push)")
+    if "push" not in arguments and (other := [name for name in PUSH_ARGUMENTS if name in arguments]):
+        raise ValueError(f"{other[0]}= is of no use without push=ORG/NAME: add it, or leave {other[0]}= out")
+    if not arguments.get("step", "0").isdigit():
+        raise ValueError(f"step={arguments['step']}: must be a whole number, the step of a checkpoint")
+    if arguments.get("private", "true") not in ("true", "false"):
+        raise ValueError(f"private={arguments['private']}: must be true or false")
+    return arguments
+
+
+def _card_facts(arguments: Mapping[str, str]) -> dict[str, Any]:
+    facts: dict[str, Any] = {name: arguments[name] for name in CARD_ARGUMENTS if name in arguments}
+    for name in {"datasets", "languages"} & facts.keys():
+        facts[name] = facts[name].split(",")
+    sets = {name: value for name, value in arguments.items() if name.startswith(EVAL_DATASET)}
+    facts["eval_datasets"] = {name.removeprefix(EVAL_DATASET): value for name, value in sets.items()}
+    return facts
 
 
 __all__ = ["export_checkpoint", "load_model", "load_processor", "push", "save_arkasr", "write_model_card"]

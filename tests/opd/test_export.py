@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import warnings
 
 import pytest
 import torch
+from hub_server import HubServer
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from opd.arkasr import CODE_FILES, ArkasrConfig, ArkasrForConditionalGeneration
-from opd.export import load_model, load_processor, save_arkasr, write_model_card
+from opd.config import load_config
+from opd.export import export_checkpoint, load_model, load_processor, main, save_arkasr
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -203,26 +210,153 @@ def test_a_config_in_the_style_of_transformers_4_is_read(tiny_dir, model, tmp_pa
     assert not torch.allclose(frequencies, model.model.rotary_emb.inv_freq)
 
 
-# -- model card --------------------------------------------------------------------------------------------------------
+# -- python -m opd.export ----------------------------------------------------------------------------------------------
+
+RESULT = {"num_utterances": 12, "num_ref_words": 40, "normaliser": "opd-basic-1"}
 
 
-def test_model_card(tmp_path):
-    result = {"wer": 0.1234, "cer": 0.05}
-    facts = {
-        "recipe": "tiny",
-        "steps": 600,
-        "teacher_note": None,
-        "eval": {"unseen|voices": {"before": None, "after": result, "teacher": {"wer": 0.02, "cer": 0.01}}},
-        "config": {"optim": {"lr": 0.001}},
-    }
-    text = write_model_card(tmp_path, facts).read_text(encoding="utf-8")
-    assert text.startswith("---\nlibrary_name: transformers\n")
-    assert "| unseen\\|voices | - | 12.34% / 5.00% | 2.00% / 1.00% |" in text
-    assert "| steps | 600 |" in text
-    assert "| optim.lr | 0.001 |" in text
-    assert "teacher_note" not in text
+def rates(wer):
+    return {"wer": wer, "cer": wer / 2, **RESULT}
 
 
-def test_the_snippet_of_the_card_is_python(tmp_path):
-    text = write_model_card(tmp_path, {}).read_text(encoding="utf-8")
-    compile(text.split("```python\n")[1].split("```")[0], "README.md", "exec")
+@pytest.fixture(scope="module")
+def run_dir(tiny_dir, model, tmp_path_factory):
+    """What a run leaves that evaluated every 10 steps, stopped early after step 30 and exported the better step 20.
+
+    The weights of checkpoint N have N added to the last norm.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    from opd.checkpoint import RunDir
+    from opd.metrics import MetricsLog
+
+    path = tmp_path_factory.mktemp("runs") / "stopped"
+    overrides = ["eval.eval_every=10", "eval.patience=1", "train.num_steps=100", "export.dtype=bfloat16"]
+    config = load_config(["recipe=tiny", f"student.path={tiny_dir}", *overrides]).to_dict()
+    config["checkpoint"]["keep_last"] = 9
+    run = RunDir.open(path, config)
+    log = MetricsLog(path, config, "disabled", "", 100, 100)
+    before = {"seen_voices": rates(1.5)}
+    log.log_eval(0, "seen_voices", before["seen_voices"])
+    for step, wer in ((10, 0.4), (15, None), (20, 0.2), (30, 0.3)):
+        state = {f"model.{name}": tensor.clone() for name, tensor in model.state_dict().items()}
+        state["model.model.norm.weight"] += step
+        folder = run.begin_save(step)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save({"model": state}, checkpoint_id=folder / "state", no_dist=True)
+        run.commit_save(step, {"eval_before": before, "eval_teacher": {"seen_voices": rates(0.03)}})
+        if wer:
+            log.log_eval(step, "seen_voices", rates(wer))
+    final = {"seen_voices": {"before": rates(1.5), "after": rates(0.21), "teacher": rates(0.03)}}
+    log.log_eval(30, "seen_voices", rates(0.21))  # as opd.run does: the exported step's, under the last step
+    log.close()
+    run.write_summary({"steps": 30, "exported_step": 20, "eval": final, "languages": ["English"]})
+    run.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("step", "wer", "is_final"), [(10, 40.0, False), (15, None, False), (20, 21.0, True), (30, 30.0, False)]
+)
+def test_a_checkpoint_has_its_own_error_rates(run_dir, model, tmp_path, step, wer, is_final):
+    out = export_checkpoint(run_dir, step, tmp_path / "out", {"license": "mit"})
+    norm = load_file(out / "model.safetensors")["model.norm.weight"]
+    assert torch.equal(norm, (model.state_dict()["model.norm.weight"] + step).to(norm.dtype))
+    card = ModelCard.load(out / "README.md")
+    assert (card.data.license, card.data.language) == ("mit", ["en"])
+    measured = {(r.dataset_name, r.metric_type): r.metric_value for r in card.data.eval_results or []}
+    expected = {("seen_voices", "wer"): wer, ("seen_voices", "cer"): round(wer / 2, 2)} if wer else {}
+    assert measured == expected
+    assert ("not yet rounded to bfloat16" in card.text) == (wer is not None and not is_final)
+    assert (f"| 150.00% / 75.00% | {wer:.2f}% / {wer / 2:.2f}% | 3.00% / 1.50% |" in card.text) if wer else True
+    if wer:
+        assert {r.metric_args["normaliser"] for r in card.data.eval_results} == {"opd-basic-1"}
+    assert f"| step | {step} |" in card.text
+    assert "| recipe | tiny |" in card.text
+
+
+def test_a_run_without_a_summary(run_dir, tmp_path):
+    """Killed in mid-run, or in the final evaluation: what was measured between the steps is still known."""
+    copy = tmp_path / "killed"
+    shutil.copytree(run_dir, copy)
+    (copy / "summary.json").unlink()
+    with open(copy / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 20, "eval/wer')  # the last line, half written
+    text = export_checkpoint(copy, 20).joinpath("README.md").read_text(encoding="utf-8")
+    assert "value: 20.0" in text
+    assert "value: 21.0" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "run_dir=... is missing"),
+        (["run_dir=x", "push_to=a/b"], "unknown argument 'push_to=a/b'; there are run_dir=..., "),
+        (["run_dir=x", "out_dir"], "unknown argument 'out_dir'"),
+        (["run_dir=x", "step="], "step= is empty"),
+        (["run_dir=x", "step=last"], "step=last: must be a whole number"),
+        (["run_dir=x", "private=true"], "private= is of no use without push="),
+        (["run_dir=x", "push=a/b", "private=yes"], "private=yes: must be true or false"),
+        (["folder=x", "license=mit", "push=a/b"], "license= does not go with folder="),
+        (["folder=x", "run_dir=x", "push=a/b"], "run_dir= does not go with folder="),
+        (["folder=x", "eval_dataset.a=b/c:d", "push=a/b"], "eval_dataset.a= does not go with folder="),
+        (["folder=x"], "push=ORG/NAME is missing"),
+        (["folder=x", "push=name"], "push=name: must be written ORG/NAME"),
+        (["run_dir={run}", "step=11"], "no complete checkpoint of step 11; there are [10, 15, 20, 30]"),
+        (
+            ["run_dir={run}", "step=15", "eval_dataset.seen_voices=a/b:c"],
+            "no WER on a set seen_voices; it has one on none",
+        ),
+        (["run_dir={run}", "datasets=a/b,c"], "datasets=c: must be a Hub id"),
+        (["run_dir={run}", "push=lab/digits"], "push=lab/digits: HF_HUB_OFFLINE"),
+    ],
+)
+def test_arguments_that_are_refused(run_dir, tmp_path, capsys, arguments, message):
+    arguments = [argument.format(run=run_dir) for argument in arguments]
+    arguments += [f"out_dir={tmp_path / 'out'}"] * ("run_dir" in str(arguments) and "out_dir" not in str(arguments))
+    assert main(arguments) == 1
+    out, error = capsys.readouterr()
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_from_a_run_to_the_hub(run_dir, tmp_path):
+    """One command line exports and pushes; without a token it does nothing; a finished folder can be pushed again."""
+    script = """
+import os, sys
+from opd.export import main
+token = os.environ.pop("HF_TOKEN")
+run, out = (f"run_dir={sys.argv[1]}", "step=20"), f"out_dir={sys.argv[2]}"
+where = ("push=lab/digits", "private=true", "revision=v2")
+print(main([*run, out, *where]), os.path.exists(sys.argv[2]))
+os.environ["HF_TOKEN"] = token
+print(main([*run, out, *where, "license=mit", "datasets=lab/a,lab/b", "base_model=lab/start",
+            "eval_dataset.seen_voices=org/bench:seen"]))
+print(main([f"folder={sys.argv[2]}", *where]))
+"""
+    out = tmp_path / "out"
+    with HubServer() as hub:
+        command = [sys.executable, "-c", script, run_dir, out]
+        environment = {**os.environ, **hub.environment(tmp_path / "home"), "PYTHONPATH": str(_root())}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert "error: push=lab/digits: there is no token" in done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "1 False", done.stderr
+    assert lines[1] == f"export: {out}"
+    commits = hub.repositories["lab/digits"].branches["v2"]
+    url = f"{hub.url}/lab/digits/commit/{commits[-1].id}"
+    assert lines[2].startswith(f"push: {url} (uploaded {len(commits[-1].files) - 1} of its files, ")
+    assert lines[3:] == ["0", f"push: {url} has all of it already, nothing was uploaded", "0"]
+    assert len(commits) == 2
+    assert hub.repositories["lab/digits"].private
+    (tmp_path / "README.md").write_bytes(commits[-1].files["README.md"].content)
+    metadata = ModelCard.load(tmp_path / "README.md").data.to_dict()
+    assert metadata["license"] == "mit"
+    assert metadata["datasets"] == ["lab/a", "lab/b"]
+    assert metadata["base_model"] == "lab/start"
+    assert b"value: 21.0" in commits[-1].files[".eval_results/opd-seen_voices.yaml"].content
+    assert commits[-1].files["model.safetensors"].content == (out / "model.safetensors").read_bytes()
