@@ -1,7 +1,7 @@
 """Token maps between the student's and the teacher's vocabulary, and the ids that may not be written.
 
-Ids are mapped one to one by token string. A string that only one side has stays unmapped (-1); aligning responses
-across different segmentations is not done here.
+Ids are mapped one to one by token string. A string that only one side has stays unmapped (-1); `opd.align` aligns
+responses across different segmentations.
 """
 
 from __future__ import annotations

@@ -1,90 +1,138 @@
-"""The teacher's Ray actors and the driver's handle on them.
-
-The actors exchange dictionaries of tensors and import neither verl nor trainers, so a teacher can run in a Python
-environment that has other library versions than the student's.
-"""
+"""The driver's handle on the teachers: Ray actors, each in the Python environment that the config names."""
 
 from __future__ import annotations
 
 import os
+from itertools import count
 from typing import Any
 
 import ray
 
-from opd.config import Config
+from opd.config import PROJECT_ROOT, Config, TeacherConfig
 from opd.remote import wait
+from opd.resolve import resolve_model
+from opd.teachers.environment import interpreter
+from opd.teachers.routing import Router
+from opd.teachers.worker import TeacherWorker
 from opd.types import Batch
 
-
-class TeacherWorker:
-    """One teacher in a process of its own. Made by `TeacherGroup` as a Ray actor."""
-
-    def load(self, config: dict[str, Any], student_path: str) -> dict[str, Any]:
-        """Loads the teacher and returns facts about it. Not in `__init__`, where Ray would bury what goes wrong."""
-        import torch
-
-        from opd.teachers import make_teacher
-
-        torch.set_num_threads(config["cluster"]["threads_per_teacher"])
-        self.teacher = make_teacher(config, student_path)
-        return {"pid": os.getpid(), **self.teacher.facts()}
-
-    def score(self, utterances: Batch, rollout: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
-        """The score, which goes on to the student, and a few counts, which go to the driver."""
-        score = self.teacher.score(utterances, rollout)
-        written = rollout["response_mask_BT"]
-        return score, {"positions": int(written.sum()), "aligned": int((score["aligned_mask_BT"] & written).sum())}
-
-    def transcribe(self, utterances: Batch) -> list[str]:
-        return self.teacher.transcribe(utterances)
+NO_COUNTS = {"positions": 0, "aligned": 0, "responses": 0, "retokenised": 0}
 
 
 class TeacherGroup:
-    """Teacher workers that share the micro-batches of a step among them."""
+    """Teacher workers that share the micro-batches of a step among them; with routes, each utterance goes to its own.
+
+    counts are those of the last `score` over all teachers: positions (written), aligned, responses, retokenised.
+    """
 
     def __init__(self, config: Config, student_path: str) -> None:
         self.config = config
-        cluster = config.cluster
-        actor = ray.remote(TeacherWorker).options(
-            num_cpus=cluster.cpus_per_teacher, num_gpus=cluster.gpus_per_teacher if cluster.use_gpu else 0
-        )
-        self.workers = [actor.remote() for _ in range(cluster.num_teachers)]
-        self._ready = [worker.load.remote(config.to_dict(), student_path) for worker in self.workers]
+        self.router = Router(config)
+        self.counts = dict(NO_COUNTS)
+        self.pools: dict[str, list[Any]] = {}
+        self._ready: dict[str, list[Any]] = {}
+        for name, teacher in self.router.teachers.items():
+            key = f"teacher.routes.{name}.path" if name else "teacher.path"
+            settings = config.to_dict()
+            settings["teacher"] |= vars(teacher) | {"path": resolve_model(key, str(teacher.path))}
+            actor = ray.remote(TeacherWorker).options(**self._options(teacher))
+            num_workers = config.teacher.routes[name].get("num_workers") if name else None
+            workers = [actor.remote() for _ in range(num_workers or config.cluster.num_teachers)]
+            self.pools[name] = workers
+            self._ready[name] = [worker.load.remote(settings, student_path) for worker in workers]
+
+    def _options(self, teacher: TeacherConfig) -> dict[str, Any]:
+        cluster = self.config.cluster
+        options: dict[str, Any] = {
+            "num_cpus": cluster.cpus_per_teacher,
+            "num_gpus": cluster.gpus_per_teacher if cluster.use_gpu else 0,
+        }
+        if teacher.python_path is not None:
+            # This package is not installed there.
+            paths = [str(PROJECT_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+            options["runtime_env"] = {
+                "py_executable": interpreter(teacher.python_path),
+                "env_vars": {"PYTHONPATH": os.pathsep.join(paths)},
+            }
+        return options
 
     def wait_ready(self) -> list[dict[str, Any]]:
-        """Facts of each worker once all have loaded the teacher."""
-        return wait(self._ready, "the teacher to load", self.config.cluster.start_timeout_s)
+        """Facts of each worker once all have loaded their teacher; `route` names it where there are several."""
+        facts = []
+        for name, refs in self._ready.items():
+            what = f"the teacher of route {name} to load" if name else "the teacher to load"
+            try:
+                loaded = wait(refs, what, self.config.cluster.start_timeout_s)
+            except TimeoutError as error:
+                python_path = self.router.teachers[name].python_path
+                if python_path is None:
+                    raise
+                raise TimeoutError(f"{error}; teacher.python_path={python_path} must be on every node") from error
+            facts += [{"route": name, **fact} for fact in loaded]
+        return facts
 
     def score(self, shards: list[Batch], rollout_refs: list[list[Any]], step: int) -> tuple[list[list[Any]], float]:
         """References to the scores, one per micro-batch of the rollout, and the share of positions that align.
 
-        Returns when all are scored. Raises ValueError where less than teacher.min_coverage of the positions align.
+        Returns when all are scored. Raises ValueError where less than min_coverage of a teacher's positions align.
         """
         size = self.config.train.micro_batch_size
-        scores: list[list[Any]] = []
-        counts: list[Any] = []
+        calls = {name: count() for name in self.pools}  # each teacher's workers take turns
+        parts: list[list[dict[str, tuple[list[int], Any]]]] = []
+        counts: dict[str, list[Any]] = {name: [] for name in self.pools}
         for shard, refs in zip(shards, rollout_refs, strict=True):
-            scores.append([])
+            parts.append([])
             for index, ref in enumerate(refs):
-                worker = self.workers[len(counts) % len(self.workers)]
-                # A top-level argument: Ray brings the dictionary to the worker, past the driver.
-                score, count = worker.score.options(num_returns=2).remote(shard[index * size : (index + 1) * size], ref)
-                scores[-1].append(score)
-                counts.append(count)
-        done = wait(counts, f"the teacher's scores of step {step}", self.config.cluster.call_timeout_s)
-        coverage = sum(c["aligned"] for c in done) / max(1, sum(c["positions"] for c in done))
-        if coverage < self.config.teacher.min_coverage:
-            raise ValueError(
-                f"step {step}: only {coverage:.1%} of the response positions map into the teacher's vocabulary, below "
-                f"teacher.min_coverage={self.config.teacher.min_coverage:g}: choose a teacher with a closer tokenizer "
-                "or lower the limit"
-            )
-        return scores, coverage
+                utterances = shard[index * size : (index + 1) * size]
+                parts[-1].append({})
+                for name, rows in self.router.split(utterances).items():
+                    worker = self.pools[name][next(calls[name]) % len(self.pools[name])]
+                    members, chosen = [utterances[row] for row in rows], rows if len(rows) < len(utterances) else None
+                    # A top-level argument: Ray brings the dictionary to the worker, past the driver.
+                    score, counted = worker.score.options(num_returns=2).remote(members, ref, chosen)
+                    parts[-1][-1][name] = (rows, score)
+                    counts[name].append(counted)
+        # After all calls to score, so that no merge waits before one of them.
+        scores = [[self._merged(part) for part in shard_parts] for shard_parts in parts]
+        return scores, self._coverage(counts, step)
+
+    def _merged(self, part: dict[str, tuple[list[int], Any]]) -> Any:
+        """One reference for a micro-batch whose rows went to several teachers."""
+        if len(part) == 1:
+            return next(iter(part.values()))[1]
+        name = list(part)[-1]
+        rows, scores = zip(*part.values(), strict=True)
+        return self.pools[name][0].merge.remote(list(rows), *scores)
+
+    def _coverage(self, counts: dict[str, list[Any]], step: int) -> float:
+        """Waits for all scores; adds up their counts."""
+        self.counts = dict(NO_COUNTS)
+        for name, refs in counts.items():
+            done = wait(refs, f"the teacher's scores of step {step}", self.config.cluster.call_timeout_s)
+            totals = {key: sum(part[key] for part in done) for key in NO_COUNTS}
+            coverage = totals["aligned"] / max(1, totals["positions"])
+            limit = self.router.teachers[name].min_coverage
+            if totals["positions"] and coverage < limit:
+                key = f"teacher.routes.{name}.min_coverage" if name else "teacher.min_coverage"
+                raise ValueError(
+                    f"step {step}: only {coverage:.1%} of the response positions map into the teacher's vocabulary, below "
+                    f"{key}={limit:g}: choose a teacher with a closer tokenizer or lower the limit"
+                )
+            self.counts = {key: self.counts[key] + totals[key] for key in totals}
+        return self.counts["aligned"] / max(1, self.counts["positions"])
 
     def transcribe(self, utterances: Batch) -> list[str]:
-        """The teacher's transcripts, in order."""
+        """The teachers' transcripts, in order."""
         size = self.config.eval.batch_size
-        parts = [utterances[start : start + size] for start in range(0, len(utterances), size)]
-        refs = [self.workers[i % len(self.workers)].transcribe.remote(part) for i, part in enumerate(parts)]
-        results = wait(refs, "the teacher's transcripts", self.config.cluster.call_timeout_s)
-        return [text for part in results for text in part]
+        calls = []
+        for name, rows in self.router.split(utterances).items():
+            pool = self.pools[name]
+            for turn, start in enumerate(range(0, len(rows), size)):
+                part = rows[start : start + size]
+                calls.append((part, pool[turn % len(pool)].transcribe.remote([utterances[row] for row in part])))
+        results = wait([ref for _, ref in calls], "the teacher's transcripts", self.config.cluster.call_timeout_s)
+        texts = [""] * len(utterances)
+        for (part, _), transcripts in zip(calls, results, strict=True):
+            for row, text in zip(part, transcripts, strict=True):
+                texts[row] = text
+        return texts

@@ -8,12 +8,20 @@ import torch
 
 from opd.types import Batch
 
+KINDS = ("arkasr", "qwen3_asr", "hf")
+
 
 class Teacher(Protocol):
     """Scores a student's rollout, and transcribes."""
 
     def score(self, utterances: Batch, rollout: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A `TeacherScore` as a dictionary, for a `Rollout` given as one; the same B and T."""
+        ...
+
+    def score_and_count(
+        self, utterances: Batch, rollout: dict[str, torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+        """`score`, and what it says about alignment: written and aligned positions, responses, re-tokenised ones."""
         ...
 
     def facts(self) -> dict[str, Any]:
@@ -32,4 +40,12 @@ def make_teacher(config: dict[str, Any], student_path: str) -> Teacher:
         from opd.teachers.arkasr import ArkasrTeacher
 
         return ArkasrTeacher(config, student_path)
-    raise ValueError(f"teacher.kind={kind}: unknown; there is arkasr")
+    if kind == "qwen3_asr":
+        from opd.teachers.qwen3_asr import Qwen3AsrTeacher
+
+        return Qwen3AsrTeacher(config, student_path)
+    if kind == "hf":
+        from opd.teachers.hf import HfTeacher
+
+        return HfTeacher(config, student_path)
+    raise ValueError(f"teacher.kind={kind}: unknown; there are {', '.join(KINDS)}")

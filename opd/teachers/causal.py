@@ -1,0 +1,202 @@
+"""What teachers of all kinds share: one teacher-forced forward over prompt + response, in the teacher's own ids.
+
+A kind says how its model is loaded, what its prompt is, what ends a response and how ids become text.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+
+from data.collate import Collator
+from opd.arkasr import ArkasrConfig, load_processor
+from opd.rollout.decode import decode
+from opd.support import candidate_ids, score_support
+from opd.teachers.mapping import MappedRollout, ResponseMapper, control_ids
+from opd.types import DTYPES, Batch, Rollout, TeacherScore
+from opd.vocab import blocked_mask
+
+Inputs = dict[str, torch.Tensor]
+CHUNK_SIZE = 256  # positions whose float32 logits are held at a time
+
+
+class CausalTeacher(ABC):
+    """A causal decoder that hears audio through its prompt. `student_path` has the student's tokenizer and config."""
+
+    def __init__(self, config: dict[str, Any], student_path: str) -> None:
+        self.config = config
+        self.section: dict[str, Any] = config["teacher"]
+        self.device = torch.device("cuda" if config["cluster"]["use_gpu"] else "cpu")
+        model, self.processor = self.load(
+            self.section["path"], DTYPES[self.section["dtype"]], self.section["attn_implementation"]
+        )
+        self.model = model.to(self.device).eval()
+        self.tokenizer = self.processor.tokenizer
+        self.taken = set(inspect.signature(self.model.forward).parameters)
+        # The policy for bad audio is the student's: what it could not read comes here as an empty row.
+        self.collator = Collator(max_seconds=config["data"]["max_seconds"], on_bad_audio="skip")
+
+        student = load_processor(student_path).tokenizer
+        student_vocab_size = ArkasrConfig.from_pretrained(student_path).vocab_size
+        vocab_size = self.model.get_output_embeddings().weight.shape[0]
+        self.ends = self.end_ids()
+        self.eos_id, self.student_eos_id = self.ends[0], student.eos_token_id
+        blocked = sorted({*control_ids(self.tokenizer, vocab_size, self.eos_id), *self.ends[1:]})
+        self.blocked_V = blocked_mask(blocked, vocab_size).to(self.device)
+        self.mapper = ResponseMapper(
+            student, self.tokenizer, student_vocab_size, vocab_size,
+            student_eos_id=self.student_eos_id, teacher_eos_id=self.eos_id,
+            student_blocked=control_ids(student, student_vocab_size, self.student_eos_id), teacher_blocked=blocked,
+        )  # fmt: skip
+        self.token_map = self.mapper.token_map
+
+    # -- what a kind says --------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def load(self, path: str, dtype: torch.dtype, attn_implementation: str) -> tuple[Any, Any]:
+        """(model, processor). The processor has a `tokenizer`."""
+
+    @abstractmethod
+    def prompts(self, utterances: Batch) -> list[tuple[list[int], Inputs]]:
+        """Rows and their model inputs: input_ids and attention_mask left-padded, ready for a response to be appended.
+
+        One group where the model masks padded audio; several where rows of other lengths would change a row's result.
+        """
+
+    @abstractmethod
+    def read_text(self, ids: list[int]) -> str:
+        """The transcript in the ids of a response."""
+
+    def end_ids(self) -> list[int]:
+        """Ids that end a response; the first is the one that the student's EOS maps to."""
+        return [self.tokenizer.eos_token_id]
+
+    # -- scoring -----------------------------------------------------------------------------------------------------
+
+    def score(self, utterances: Batch, rollout: Inputs) -> Inputs:
+        """`TeacherScore` of a `Rollout`, both as dictionaries: the student's very ids, mapped one to one where they map."""
+        return self.score_and_count(utterances, rollout)[0]
+
+    @torch.no_grad()
+    def score_and_count(self, utterances: Batch, rollout: Inputs) -> tuple[Inputs, dict[str, int]]:
+        """`score`, and counts: positions (written), aligned, responses, retokenised (responses that did not map)."""
+        written = Rollout.from_dict(rollout)
+        mapped = self.mapper.map_rollout(written)
+        aligned_BT = mapped.position_BT >= 0
+        candidates_BTC = candidate_ids(written.topk_ids_BTK, written.response_ids_BT, self.student_eos_id)
+        dense: Inputs = {"aligned_mask_BT": aligned_BT}
+        for rows, inputs in self.prompts(utterances):
+            in_group_BT = torch.zeros_like(aligned_BT)
+            in_group_BT[rows] = aligned_BT[rows]
+            fields = self._score_positions(
+                self._response_logits(inputs, mapped, rows), mapped.position_BT[rows], candidates_BTC[in_group_BT]
+            )
+            for name, value in fields.items():
+                dense.setdefault(name, torch.zeros((*aligned_BT.shape, *value.shape[1:]), dtype=value.dtype))
+                dense[name][in_group_BT] = value.cpu()
+        counts = {
+            "positions": int(written.response_mask_BT.sum()),
+            "aligned": int(aligned_BT.sum()),
+            "responses": int(written.response_mask_BT.any(1).sum()),
+            "retokenised": mapped.num_retokenised,
+        }
+        return TeacherScore.from_dict(dense).to_dict(), counts
+
+    def _response_logits(self, inputs: Inputs, mapped: MappedRollout, rows: list[int]) -> torch.Tensor:
+        """Logits that predict each teacher position of these rows' responses: (rows, L, V)."""
+        mask_BL = mapped.mask_BL[rows]
+        length = max(1, int(mask_BL.sum(1).max()))
+        ids_BL = mapped.ids_BL[rows, :length].to(self.device)
+        mask_BL = mask_BL[:, :length].to(self.device, inputs["attention_mask"].dtype)
+        joined = dict(inputs)
+        joined["input_ids"] = torch.cat([inputs["input_ids"], ids_BL], dim=1)
+        joined["attention_mask"] = torch.cat([inputs["attention_mask"], mask_BL], dim=1)
+        out = self.forward(**joined, use_cache=False, logits_to_keep=length + 1)
+        return out.logits[:, -length - 1 : -1]
+
+    def _score_positions(
+        self, logits_BLV: torch.Tensor, position_BT: torch.Tensor, candidates_NC: torch.Tensor
+    ) -> Inputs:
+        """Fields of the score at the N aligned positions, row by row."""
+        row_N, column_N = (position_BT >= 0).nonzero(as_tuple=True)
+        position_N = position_BT[row_N, column_N].to(self.device)
+        row_N, candidates_NC = row_N.to(self.device), candidates_NC.to(self.device)
+        loss = self.config["loss"]
+        parts = [
+            score_support(
+                self._allowed(logits_BLV[row_N[chunk], position_N[chunk]]),
+                candidates_NC[chunk],
+                self.token_map,
+                top_k=loss["top_k"],
+                temperature=loss["temperature"],
+                support=loss["support"],
+                full=loss["kind"] == "full_kl",
+            )
+            for start in range(0, max(1, len(row_N)), CHUNK_SIZE)
+            for chunk in [slice(start, start + CHUNK_SIZE)]
+        ]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _allowed(self, logits_NV: torch.Tensor) -> torch.Tensor:
+        """Logits over what may be written, at least in float32: control tokens are -inf, all ends are one."""
+        logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+        if len(self.ends) > 1:
+            end_N = logits_NV[..., self.ends].logsumexp(-1)
+            logits_NV = logits_NV.clone()
+            logits_NV[..., self.eos_id] = end_N
+        return logits_NV.masked_fill(self.blocked_V, float("-inf"))
+
+    def forward(self, **inputs: Any) -> Any:
+        """The model's forward, with positions counted from each row's first real token (a prompt is padded on the left)."""
+        if "position_ids" in self.taken:
+            positions_BL = (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
+            inputs["position_ids"] = positions_BL[:, -inputs["input_ids"].shape[1] :]
+        if "logits_to_keep" not in self.taken:
+            inputs.pop("logits_to_keep", None)
+        return self.model(**inputs)
+
+    def _forward_allowed(self, **inputs: Any) -> Any:
+        out = self.forward(**inputs)
+        out.logits = self._allowed(out.logits[:, -1:])
+        return out
+
+    # -- transcribing ------------------------------------------------------------------------------------------------
+
+    def transcribe(self, utterances: Batch) -> list[str]:
+        """Greedy transcripts, cleaned of control tokens."""
+        texts = [""] * len(utterances)
+        for rows, inputs in self.prompts(utterances):
+            rollout = decode(
+                self._forward_allowed,
+                inputs,
+                eos_id=self.eos_id,
+                pad_id=self.pad_id,
+                blocked_V=self.blocked_V,
+                max_new_tokens=self.config["rollout"]["max_new_tokens"],
+                top_k=1,
+            )
+            for row, ids, mask in zip(rows, rollout.response_ids_BT, rollout.response_mask_BT, strict=True):
+                texts[row] = self.read_text(ids[mask].tolist())
+        return texts
+
+    @property
+    def pad_id(self) -> int:
+        """What stands where the attention mask is 0."""
+        return self.eos_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "num_parameters": sum(p.numel() for p in self.model.parameters()),
+            "vocab_coverage": self.token_map.coverage,
+            "languages": None,
+        }
+
+    def to_model(self, inputs: Inputs) -> Inputs:
+        """Inputs on the model's device, audio in the model's type."""
+        return {
+            name: tensor.to(self.device, self.model.dtype) if tensor.is_floating_point() else tensor.to(self.device)
+            for name, tensor in inputs.items()
+        }

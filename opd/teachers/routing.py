@@ -1,0 +1,78 @@
+"""Which teacher an utterance goes to, where a recipe has several."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from opd.teachers.languages import EVERY_LANGUAGE, find_language, known_languages, language_of
+from opd.types import Utterance
+
+if TYPE_CHECKING:
+    from opd.config import Config
+
+
+class Router:
+    """The teachers of a config by name, in the order of its routes; one named "" without routes."""
+
+    def __init__(self, config: Config) -> None:
+        self.teachers = config.teacher.by_route()
+        self.matches: dict[str, Mapping[str, Any]] = {
+            name: config.teacher.routes[name].get("match") or {} if name else {} for name in self.teachers
+        }
+
+    def route(self, utterance: Utterance) -> str | None:
+        """Name of the first teacher that takes the utterance; None where none does."""
+        return next((name for name, match in self.matches.items() if _matches(utterance, match)), None)
+
+    def split(self, utterances: Sequence[Utterance]) -> dict[str, list[int]]:
+        """Teacher -> the utterances' indices, in the order of the routes. All are routed (see `check`)."""
+        rows: dict[str, list[int]] = {}
+        names = [self.route(utterance) for utterance in utterances]
+        for name in self.teachers:
+            if members := [index for index, own in enumerate(names) if own == name]:
+                rows[name] = members
+        return rows
+
+    def check(self, utterances: Sequence[Utterance]) -> None:
+        """Raises ValueError for an utterance without a teacher, or whose language its teacher cannot be told."""
+        sections = {name: dataclasses.asdict(teacher) for name, teacher in self.teachers.items()}
+        known = {name: known_languages(section) for name, section in sections.items()}
+        checked: set[tuple[str, str | None]] = set()
+        for utterance in utterances:
+            name = self.route(utterance)
+            if name is None:
+                raise ValueError(
+                    f"utterance {utterance.id!r} (language {utterance.language}) has no teacher: none of teacher.routes "
+                    f"({', '.join(self.teachers)}) matches it; add a route, one without `match` takes all that is left"
+                )
+            languages = known[name]
+            if languages is not None and (name, utterance.language) not in checked:
+                checked.add((name, utterance.language))
+                try:
+                    language_of(utterance, sections[name], languages)
+                except ValueError as error:
+                    raise ValueError(f"teacher.routes.{name}: {error}" if name else str(error)) from error
+
+
+def _matches(utterance: Utterance, match: Mapping[str, Any]) -> bool:
+    """Whether an utterance has, for each field of the match, one of its values."""
+    for field, wanted in match.items():
+        values = wanted if isinstance(wanted, list | tuple) else [wanted]
+        if field == "language":
+            if utterance.language is None or _language(utterance.language) not in {_language(str(v)) for v in values}:
+                return False
+        elif utterance.extra.get(field) not in values:
+            return False
+    return True
+
+
+@cache
+def _language(name_or_iso: str) -> str:
+    """One form of a language's name, whether it is known or not."""
+    try:
+        return find_language(name_or_iso, EVERY_LANGUAGE).iso
+    except ValueError:
+        return name_or_iso.strip().lower()
