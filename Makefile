@@ -4,8 +4,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
+TEACHER_VENV := .venv-teacher
+TEACHER_BIN := $(TEACHER_VENV)/bin
 
-.PHONY: quickstart test lint env env-dev seeds clean
+.PHONY: quickstart test lint env env-dev seeds teacher-env test-teachers compat clean
 
 quickstart: env
 	$(BIN)/python -m opd.train recipe=tiny
@@ -39,5 +41,27 @@ env-dev: $(VENV)/dev.stamp
 seeds: env
 	$(BIN)/python scripts/make_seeds.py
 
+# A second environment, with a newer transformers: for teachers that the training environment's does not know (Qwen3-ASR).
+$(TEACHER_VENV)/teacher.stamp: requirements/teacher.txt
+	test -x $(TEACHER_BIN)/python || $(PYTHON) -m venv $(TEACHER_VENV)
+	$(TEACHER_BIN)/python -m pip install --quiet "$(TORCH)"
+	$(TEACHER_BIN)/python -m pip install --quiet --requirement requirements/teacher.txt
+	touch $@
+
+$(TEACHER_VENV)/test.stamp: $(TEACHER_VENV)/teacher.stamp requirements/teacher-test.txt
+	$(TEACHER_BIN)/python -m pip install --quiet --requirement requirements/teacher-test.txt
+	touch $@
+
+teacher-env: $(TEACHER_VENV)/teacher.stamp
+
+# What `make test` leaves out: tests inside the second environment, then those of a run that uses both.
+test-teachers: env-dev $(TEACHER_VENV)/test.stamp
+	$(TEACHER_BIN)/python -m pytest -m teacher_env tests/opd/teachers/test_scores.py tests/opd/teachers/test_qwen3_asr.py tests/opd/teachers/test_other_models.py
+	$(BIN)/python -m pytest -m both_envs tests/opd/teachers
+
+# Runs an export under each supported version of transformers and compares the transcripts (1.2 GB per version in .compat/).
+compat: env
+	$(BIN)/python scripts/compat.py --torch "$(TORCH)"
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TEACHER_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -39,15 +39,39 @@ class StudentConfig:
     freeze: list[str] = key([], "parts that are not trained: any of encoder, adapter, decoder")
 
 
+ROUTE_KEYS = ("match", "num_workers")  # what a route says beside keys of TeacherConfig
+
+
 @dataclass(frozen=True)
 class TeacherConfig:
     kind: str = key(
-        "arkasr", "what the teacher is: arkasr | qwen3_asr (recipes load, but this version cannot run it yet)"
+        "arkasr", "what the teacher is: arkasr | qwen3_asr | hf (any native speech-to-text model of transformers)"
     )
     path: str | None = key(None, "folder or Hub id of the teacher; not used by stage sft")
+    python_path: str | None = key(
+        None, "interpreter of the teacher's own environment (make teacher-env); null = this one"
+    )
+    language: str = key(
+        "manifest", "told to the teacher: manifest (each utterance's) | auto (it detects it) | one for all"
+    )
+    prompt: dict[str, Any] = key(
+        {}, "kind hf: how it is prompted, by one of text, chat, transcription (opd/teachers/hf.py)"
+    )
+    routes: dict[str, Any] = key(
+        {}, "several teachers: name -> {match: {language or manifest field: values}, num_workers, keys as above}"
+    )
     dtype: str = key("float32", "the teacher's weights and compute: float32 | bfloat16 | float16")
     attn_implementation: str = key("sdpa", "attention: sdpa | eager | flash_attention_2")
     min_coverage: float = key(0.9, "smallest share of response positions that must map into the teacher's vocabulary")
+
+    def by_route(self) -> dict[str, TeacherConfig]:
+        """Each route's teacher, with what the route does not say taken from here; without routes this one, named ""."""
+        base = dataclasses.replace(self, routes={})
+        teachers = {
+            name: dataclasses.replace(base, **{k: v for k, v in route.items() if k not in ROUTE_KEYS})
+            for name, route in self.routes.items()
+        }
+        return teachers or {"": base}
 
 
 @dataclass(frozen=True)
@@ -114,6 +138,9 @@ class EvalConfig:
     batch_size: int = key(64, "utterances decoded together on one rank")
     max_utterances: int = key(0, "first utterances of each set that are used; 0 = all")
     num_samples: int = key(8, "transcripts shown per evaluation")
+    normaliser: str = key(
+        "auto", "rules that texts pass before scoring: auto (by language) | a name of opd/normalisers.py"
+    )
     best_by: str = key("", "set whose WER picks the best checkpoint and stops early; empty = the first set")
     patience: int = key(0, "evaluations without a better WER before the run stops early; 0 = never")
     teacher: bool = key(True, "stage opd: also transcribe the sets with the teacher, once")
@@ -123,7 +150,10 @@ class EvalConfig:
 class ExportConfig:
     dtype: str = key("bfloat16", "type of the exported weights: float32 | bfloat16 | float16")
     code: bool = key(True, "put the arkasr remote code into the export")
-    push_to: str | None = key(None, "Hub repository the export is pushed to (needs a token in the environment)")
+    push: str | None = key(None, "Hub repository the export is pushed to at the end (needs a token)")
+    private: bool | None = key(None, "whether the repository is made private; null = the account's default")
+    revision: str | None = key(None, "branch of the repository that is written; null = main")
+    license: str | None = key(None, "licence that the model card names, such as apache-2.0")
 
 
 @dataclass(frozen=True)
@@ -192,9 +222,10 @@ class Config:
 # What may not change between a run and its continuation: everything that shapes the weights. Where the run is written,
 # how it is watched and how long it goes on may change.
 FROZEN_KEYS = [
-    "recipe", "stage", "seed", "engine", "student", "teacher.kind", "teacher.path", "data.train_manifest",
+    "recipe", "stage", "seed", "engine", "student", "teacher.kind", "teacher.path",
+    "teacher.language", "teacher.prompt", "teacher.routes", "data.train_manifest",
     "data.sorted_epochs", "rollout", "loss", "optim", "train.batch_size", "train.micro_batch_size", "train.num_steps",
-    "cluster.num_nodes", "cluster.ranks_per_node",
+    "cluster.num_nodes", "cluster.ranks_per_node", "eval.normaliser",
 ]  # fmt: skip
 
 

@@ -6,9 +6,12 @@ import dataclasses
 import os
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from opd.config import SYNTHETIC_PREFIX, Config, resolve_path
+
+RECORDINGS_PREFIX = "recordings:"
 
 
 def in_ray_job() -> bool:
@@ -43,18 +46,48 @@ def resolve(config: Config) -> Config:
     )
 
 
-def resolve_manifests(names: list[str]) -> dict[str, str]:
-    """Manifest names of a recipe -> absolute paths. `synthetic:NAME` is one of the sets of data/synthetic.py."""
-    asked = {name: name.removeprefix(SYNTHETIC_PREFIX) for name in names if name.startswith(SYNTHETIC_PREFIX)}
-    synthetic: dict[str, Path] = {}
-    if asked:
-        from data.synthetic import SETS, ensure_digits
+def resolve_manifests(
+    names: list[str], *, recordings: str | None = None, held_out_speakers: Sequence[str] = ()
+) -> dict[str, str]:
+    """Manifest names of a recipe -> absolute paths; what is made here is made first, where it is missing.
 
-        for name, set_name in asked.items():
-            if set_name not in SETS:
-                raise ValueError(f"{name}: there is no such synthetic set; there are {', '.join(sorted(SETS))}")
-        synthetic = ensure_digits()
-    return {name: str(synthetic[asked[name]]) if name in asked else resolve_path(name) for name in names}
+    `synthetic:NAME` is a set of data/synthetic.py or data/sentence_sets.py; `recordings:NAME` one of data/recordings.py,
+    made from the folder or tar file `recordings`. Raises ValueError for unknown sets and what cannot be made.
+    """
+    made = _make_synthetic([name for name in names if name.startswith(SYNTHETIC_PREFIX)])
+    recorded = [name for name in names if name.startswith(RECORDINGS_PREFIX)]
+    if recorded:
+        made |= _make_recorded(recorded, recordings, held_out_speakers)
+    return {name: str(made[name]) if name in made else resolve_path(name) for name in names}
+
+
+def _make_synthetic(names: list[str]) -> dict[str, Path]:
+    """The digit sets are made all together, each set of sentences by itself."""
+    from data.sentence_sets import SENTENCE_SETS, ensure_sentences
+    from data.synthetic import SETS, ensure_digits
+
+    asked = {name: name.removeprefix(SYNTHETIC_PREFIX) for name in names}
+    known = [*sorted(SETS), *sorted(SENTENCE_SETS)]
+    for name, set_name in asked.items():
+        if set_name not in known:
+            raise ValueError(f"{name}: there is no such synthetic set; there are {', '.join(known)}")
+    made = ensure_sentences([set_name for set_name in asked.values() if set_name in SENTENCE_SETS])
+    if any(set_name in SETS for set_name in asked.values()):
+        made |= ensure_digits()
+    return {name: made[set_name] for name, set_name in asked.items()}
+
+
+def _make_recorded(names: list[str], recordings: str | None, held_out_speakers: Sequence[str]) -> dict[str, Path]:
+    from data.recordings import RECORDING_SETS, ensure_recordings
+
+    asked = {name: name.removeprefix(RECORDINGS_PREFIX) for name in names}
+    for name, set_name in asked.items():
+        if set_name not in RECORDING_SETS:
+            raise ValueError(f"{name}: there is no such set of recordings; there are {', '.join(RECORDING_SETS)}")
+    if not recordings:
+        raise ValueError(f"{names[0]}: set data.recordings to the folder or tar file with the recordings")
+    made = ensure_recordings(resolve_path(recordings), held_out_speakers)
+    return {name: made[set_name] for name, set_name in asked.items()}
 
 
 def resolve_model(key: str, path: str) -> str:

@@ -10,13 +10,16 @@ import psutil
 
 from data.manifest import read_manifest
 from data.sampler import EpochSampler
+from opd.card import write_model_card
 from opd.checkpoint import RunDir, atomic_write_text
 from opd.config import FROZEN_KEYS, Config
 from opd.evaluate import sample_table, score_transcripts
-from opd.export import write_model_card
+from opd.hub import check_push, push
 from opd.metrics import MetricsLog, PhaseTimer
 from opd.resolve import in_ray_job, resolve
 from opd.teachers.actor import TeacherGroup
+from opd.teachers.environment import check_environments
+from opd.teachers.routing import Router
 from opd.types import Batch
 from trainers.env import set_verl_env
 
@@ -39,6 +42,9 @@ class Run:
                 data.train_manifest, require_text=config.stage == "sft", default_language=data.default_language
             )
             self.eval_sets = {name: self._eval_set(path) for name, path in data.eval_manifests.items()}
+            if config.stage == "opd":
+                transcribed = self.eval_sets.values() if config.eval.teacher else []
+                Router(config).check([*self.utterances, *(u for utterances in transcribed for u in utterances)])
             self.sampler = self._sampler()
         if self.step:
             self.sampler.load_state_dict(self.state["sampler"])
@@ -56,8 +62,10 @@ class Run:
     @classmethod
     def open(cls, config: Config) -> Run:
         """Checks everything that can be checked before a worker starts."""
-        if config.stage == "opd" and config.teacher.kind != "arkasr":
-            raise ValueError(f"teacher.kind={config.teacher.kind}: this version runs teachers of kind arkasr only")
+        if config.stage == "opd":
+            check_environments(config.teacher.by_route())
+        if config.export.push:
+            check_push(config.export.push, config.export.private)
         began = time.perf_counter()
         config = resolve(config)
         synthesis = time.perf_counter() - began  # all of it is that, or next to nothing
@@ -189,7 +197,10 @@ class Run:
         ]
         if known:
             metrics["rollout/wer"] = score_transcripts(
-                [str(u.text) for u, _ in known], [text for _, text in known], [u.language for u, _ in known]
+                [str(u.text) for u, _ in known],
+                [text for _, text in known],
+                [u.language for u, _ in known],
+                self.config.eval.normaliser,
             ).wer
         self._log(step, metrics)
 
@@ -262,8 +273,11 @@ class Run:
                 raise ValueError(f"evaluation set {name}: none of its {len(utterances)} utterances could be read")
             ids, languages = [u.id for u, _ in pairs], [u.language for u, _ in pairs]
             references, hypotheses = [str(u.text) for u, _ in pairs], [text for _, text in pairs]
-            result = score_transcripts(references, hypotheses, languages)
-            samples = sample_table(ids, references, hypotheses, languages, self.config.eval.num_samples)
+            rules = self.config.eval.normaliser
+            result = score_transcripts(references, hypotheses, languages, rules)
+            samples = sample_table(
+                ids, references, hypotheses, languages, self.config.eval.num_samples, normaliser=rules
+            )
             results[name] = result.to_dict()
             self.history.setdefault("transcripts", {})[name] = dict(zip(ids, hypotheses, strict=True))
             if label == "eval":
@@ -359,14 +373,14 @@ class Run:
             "train_manifest": self.config.data.train_manifest,
             "train_texts": sum(u.text is not None for u in self.utterances),
             "export_dir": str(export_dir),
+            "languages": sorted({u.language for s in self.eval_sets.values() for u in s if u.language}),
         }
-        write_model_card(export_dir, {**summary, "config": self.config.to_dict()})
+        export = self.config.export
+        write_model_card(export_dir, {**summary, "license": export.license, "config": self.config.to_dict()})
         self._write_transcripts()
         self.dir.write_summary(summary)
-        if self.config.export.push_to:
-            from opd.export import push
-
-            push(export_dir, self.config.export.push_to)
+        if export.push:  # after the summary: a push that fails loses nothing and can be repeated
+            print(f"push: {push(export_dir, export.push, export.private, export.revision)}")
         return self.print_summary()
 
     def _best_step(self) -> int:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from opd.normalisers import NORMALISERS
+
 if TYPE_CHECKING:
-    from opd.config import Config
+    from opd.config import Config, TeacherConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
+ATTENTION = ("sdpa", "eager", "flash_attention_2")
+TEACHER_KINDS = ("arkasr", "qwen3_asr", "hf")
+PROMPT_FORMS = {"text": str, "chat": list, "transcription": dict}
 _CHOICES = {
     "stage": ("sft", "opd"), "engine": ("fsdp2",), "resume": ("auto", "never"), "schedule": ("sync",),
-    "student.dtype": DTYPES[:2], "teacher.kind": ("arkasr", "qwen3_asr"), "teacher.dtype": DTYPES, "export.dtype": DTYPES,
+    "student.dtype": DTYPES[:2], "teacher.kind": TEACHER_KINDS, "teacher.dtype": DTYPES, "export.dtype": DTYPES,
     "data.on_bad_audio": ("stop", "skip"), "loss.support": ("union", "student", "teacher"),
     "loss.kind": ("forward_kl", "reverse_kl", "jsd", "sampled_kl", "full_kl"),
+    "eval.normaliser": ("auto", *NORMALISERS),
     "optim.lr_schedule": ("cosine", "constant"), "wandb.mode": ("online", "offline", "disabled"),
-    "student.attn_implementation": ("sdpa", "eager", "flash_attention_2"),
-    "teacher.attn_implementation": ("sdpa", "eager", "flash_attention_2"),
+    "student.attn_implementation": ATTENTION,
+    "teacher.attn_implementation": ATTENTION,
 }  # fmt: skip
 _POSITIVE = (
     "data.max_seconds", "rollout.max_new_tokens", "rollout.max_repeats", "loss.top_k", "loss.temperature",
@@ -70,8 +77,8 @@ def _validate_parts(config: Config) -> None:
         raise ValueError(
             "student: give either student.path (a model to start from) or student.init (sizes of a new one)"
         )
-    if config.stage == "opd" and not config.teacher.path:
-        raise ValueError("teacher.path is missing: stage opd needs a teacher")
+    if config.stage == "opd":
+        _validate_teachers(config.teacher)
     if config.stage == "opd" and config.loss.kind == "sampled_kl" and config.rollout.temperature == 0:
         raise ValueError("loss.kind=sampled_kl needs sampled rollouts: set rollout.temperature above 0")
     if config.loss.kind == "jsd" and not 0 < config.loss.beta < 1:
@@ -86,6 +93,60 @@ def _validate_parts(config: Config) -> None:
         raise ValueError(f"optim.betas={config.optim.betas}: two numbers from 0 to below 1")
     if config.eval.best_by and config.eval.best_by not in config.data.eval_manifests:
         raise ValueError(f"eval.best_by={config.eval.best_by}: not in data.eval_manifests")
+
+
+def _validate_teachers(teacher: TeacherConfig) -> None:
+    """Every teacher has what its kind needs; every route has known keys and values that its keys can take."""
+    known = {f.name for f in dataclasses.fields(teacher)} - {"routes"} | {"match", "num_workers"}
+    for name, route in teacher.routes.items():
+        where = f"teacher.routes.{name}"
+        if not isinstance(route, dict) or not isinstance(route.get("match", {}), dict):
+            raise ValueError(f"{where}: a route is a mapping of keys, and so is its match (field: value or values)")
+        if unknown := sorted(route.keys() - known):
+            raise ValueError(f"{where}: unknown key {unknown[0]}; a route has {', '.join(sorted(known))}")
+        workers = route.get("num_workers", 1)
+        if not isinstance(workers, int) or workers < 1:
+            raise ValueError(f"{where}.num_workers={workers}: must be a whole number above 0")
+    for name, one in teacher.by_route().items():
+        where = f"teacher.routes.{name}" if name else "teacher"
+        for field, choices in (("kind", TEACHER_KINDS), ("dtype", DTYPES), ("attn_implementation", ATTENTION)):
+            if getattr(one, field) not in choices:
+                raise ValueError(f"{where}.{field}={getattr(one, field)}: must be one of {', '.join(choices)}")
+        if not one.path:
+            raise ValueError(f"{where}.path is missing: stage opd needs a teacher")
+        if isinstance(one.min_coverage, str) or not 0 <= one.min_coverage <= 1:
+            raise ValueError(f"{where}.min_coverage={one.min_coverage}: must be between 0 and 1")
+        if not isinstance(one.language, str):
+            raise ValueError(f"{where}.language={one.language}: manifest, auto, or a language (in quotes)")
+        _validate_prompt(one, where)
+
+
+def _validate_prompt(teacher: TeacherConfig, where: str) -> None:
+    prompt = teacher.prompt
+    if teacher.kind != "hf":
+        if prompt:
+            raise ValueError(f"{where}.prompt: kind {teacher.kind} has its own prompt; leave the key out")
+        return
+    forms = [form for form in PROMPT_FORMS if form in prompt]
+    unknown = sorted(prompt.keys() - {*PROMPT_FORMS, "languages"})
+    if len(forms) != 1 or unknown:
+        raise ValueError(
+            f"{where}.prompt: kind hf needs one of {', '.join(PROMPT_FORMS)}, and may have languages; it has "
+            f"{', '.join(map(str, prompt)) or 'none'} (opd/teachers/hf.py shows each form)"
+        )
+    value = prompt[forms[0]]
+    if not isinstance(value, PROMPT_FORMS[forms[0]]):
+        raise ValueError(f"{where}.prompt.{forms[0]}: must be a {PROMPT_FORMS[forms[0]].__name__}")
+    if forms[0] == "text" and value.count("{audio}") != 1:
+        raise ValueError(f"{where}.prompt.text: must have the placeholder {{audio}} once, where the audio stands")
+    if (
+        forms[0] != "transcription"
+        and teacher.language == "auto"
+        and ("{language}" in str(value) or "{iso}" in str(value))
+    ):
+        raise ValueError(
+            f"{where}.language=auto: this prompt names the language; leave {{language}} and {{iso}} out of {where}.prompt"
+        )
 
 
 def _validate_division(config: Config) -> None:
