@@ -9,7 +9,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from opd.config import SYNTHETIC_PREFIX, Config, resolve_path
+from opd.config import SYNTHETIC_PREFIX, resolve_path
+from opd.schema import Config
 
 RECORDINGS_PREFIX = "recordings:"
 

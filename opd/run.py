@@ -12,11 +12,11 @@ from data.manifest import read_manifest
 from data.sampler import EpochSampler
 from opd.card import write_model_card
 from opd.checkpoint import RunDir, atomic_write_text
-from opd.config import FROZEN_KEYS, Config
 from opd.evaluate import sample_table, score_transcripts
 from opd.hub import check_push, push
 from opd.metrics import MetricsLog, PhaseTimer
 from opd.resolve import in_ray_job, resolve
+from opd.schema import FROZEN_KEYS, Config
 from opd.teachers.actor import TeacherGroup
 from opd.teachers.environment import check_environments
 from opd.teachers.routing import Router

@@ -13,7 +13,8 @@ import logging
 import os
 import sys
 
-from opd.config import Config, describe, load_config
+from opd.config import describe, load_config
+from opd.schema import Config
 
 
 def train(config: Config) -> dict:

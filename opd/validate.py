@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from opd.normalisers import NORMALISERS
 
 if TYPE_CHECKING:
-    from opd.config import Config, TeacherConfig
+    from opd.schema import Config, TeacherConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION = ("sdpa", "eager", "flash_attention_2")

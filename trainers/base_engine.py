@@ -18,7 +18,7 @@ from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine.base import BaseEngine
 
 from opd.arkasr import load_model
-from opd.config import Config, OptimConfig
+from opd.schema import Config, OptimConfig
 from opd.types import DTYPES
 
 Objective = Callable[[nn.Module, Any], tuple[torch.Tensor, dict[str, torch.Tensor]]]

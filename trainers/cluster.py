@@ -11,7 +11,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from verl.single_controller.ray import RayResourcePool
 from verl.single_controller.ray.base import sort_placement_group_by_node_ip
 
-from opd.config import ClusterConfig
+from opd.schema import ClusterConfig
 from trainers.env import verl_env
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from opd.config import LossConfig, RolloutConfig
 from opd.losses import position_loss
+from opd.schema import LossConfig, RolloutConfig
 from opd.support import candidate_ids
 from opd.types import Rollout, TeacherScore
 

@@ -11,8 +11,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup
 from verl.utils.device import get_device_name
 
-from opd.config import Config
 from opd.remote import WorkerError, wait
+from opd.schema import Config
 from opd.types import Batch
 from trainers.cluster import StudentPool, free_address
 from trainers.worker import StudentWorker

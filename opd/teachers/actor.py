@@ -8,9 +8,10 @@ from typing import Any
 
 import ray
 
-from opd.config import PROJECT_ROOT, Config, TeacherConfig
+from opd.config import PROJECT_ROOT
 from opd.remote import wait
 from opd.resolve import resolve_model
+from opd.schema import Config, TeacherConfig
 from opd.teachers.environment import interpreter
 from opd.teachers.routing import Router
 from opd.teachers.worker import TeacherWorker

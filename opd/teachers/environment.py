@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from opd.config import TeacherConfig
+    from opd.schema import TeacherConfig
 
 # What the worker imports; requirements/teacher.txt pins it.
 PACKAGES = (

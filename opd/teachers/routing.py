@@ -11,7 +11,7 @@ from opd.teachers.languages import EVERY_LANGUAGE, find_language, known_language
 from opd.types import Utterance
 
 if TYPE_CHECKING:
-    from opd.config import Config
+    from opd.schema import Config
 
 
 class Router:

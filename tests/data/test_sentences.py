@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import sentence_sets
+from data import sentence_sets, synthetic
 from data.audio import load_audio
 from data.manifest import read_manifest
 from data.sentence_sets import NOISY_SNR, SENTENCE_SETS, SENTENCES_NAME, SentenceSet, ensure_sentences
 from data.sentences import NAMES, PARTS, TEENS, TENS, UNITS, Draw, part_of, sentences, with_word_errors
-from data.synthetic import FEW_LABEL_VOICES, TRAINING_VOICES, UNSEEN_VOICES
+from data.synthetic import FEW_LABEL_VOICES, TRAINING_VOICES, UNSEEN_VOICES, DigitSet
 from opd.evaluate import score_transcripts
 from opd.resolve import resolve_manifests
 
@@ -255,10 +255,14 @@ def test_two_fresh_builds_give_the_same_bytes(tiny_sets: Path, tmp_path: Path) -
     assert contents[0] == contents[1]
 
 
-def test_names_of_recipes_are_resolved(tiny_sets: Path) -> None:
+def test_names_of_recipes_are_resolved(tiny_sets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resolved = resolve_manifests(["synthetic:sentences_unseen_voices", "other.jsonl"])
     expected = tiny_sets / "sentences_unseen_voices" / "sentences_unseen_voices.jsonl"
     assert resolved == {"synthetic:sentences_unseen_voices": str(expected), "other.jsonl": "other.jsonl"}
+    monkeypatch.setattr(synthetic, "SETS", {"few_labels": DigitSet(seed=1, num_utterances=2)})
+    both = resolve_manifests(["synthetic:few_labels", "synthetic:sentences_unseen_voices"])
+    digits, spoken = (read_manifest(path) for path in both.values())
+    assert (len(digits), len(spoken)) == (2, 6)
     with pytest.raises(
         ValueError, match="synthetic:sentences: there is no such synthetic set; there are few_labels, .*"
     ):

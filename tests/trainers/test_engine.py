@@ -14,8 +14,9 @@ from tiny import CORPUS, SIZES
 from data.collate import Collator
 from data.manifest import read_manifest
 from opd.arkasr import blocked_token_ids, load_model, load_processor
-from opd.config import Config, config_from_dict
+from opd.config import config_from_dict
 from opd.rollout.decode import decode, split
+from opd.schema import Config
 from opd.seed import create_seed
 from opd.teachers.arkasr import ArkasrTeacher
 from opd.types import Rollout, TeacherScore

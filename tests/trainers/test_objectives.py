@@ -9,7 +9,7 @@ import ranks  # noqa: F401  sets the environment that verl is imported under
 import torch
 
 from opd.arkasr import load_model, load_processor
-from opd.config import RolloutConfig
+from opd.schema import RolloutConfig
 from opd.types import Rollout, TeacherScore
 from trainers.base_engine import TrainedStudent
 from trainers.objectives import join_response, opd_micro_batch, sft_micro_batch, sft_objective
@@ -67,7 +67,7 @@ def test_cutting_padding_changes_no_logit(tiny_dir: Path, waveforms: list[np.nda
 def test_references_end_in_eos_and_an_empty_micro_batch_runs_backward(
     tiny_dir: Path, waveforms: list[np.ndarray]
 ) -> None:
-    from opd.config import LossConfig
+    from opd.schema import LossConfig
 
     model, processor = load_model(tiny_dir), load_processor(tiny_dir)
     tokenizer, vocab_size = processor.tokenizer, model.config.vocab_size
