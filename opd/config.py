@@ -40,8 +40,42 @@ def load_config(argv: list[str]) -> Config:
         _check_dotted(dotted)
         _set_dotted(values, dotted, value)
     config = _build(values)
-    validate(config)
+    for one in parts_of(config):
+        validate(one)
     return config
+
+
+def parts_of(config: Config) -> list[Config]:
+    """The configs of the runs that one config stands for: itself, or the stages of a ladder, or the arms compared."""
+    if config.compare:
+        from opd.compare import arm_configs
+
+        return [arm.config for arm in arm_configs(config)]
+    if config.stages:
+        from opd.ladder import stage_configs
+
+        return [stage for _, stage in stage_configs(config)]
+    return [config]
+
+
+def derive(config: Config, overrides: list[dict[str, Any]], where: str) -> Config:
+    """`config` with nested overrides laid over it, the last on top. Raises ValueError for unknown keys."""
+    values: Any = config.to_dict()
+    for changes in overrides:
+        if not isinstance(changes, dict):
+            raise ValueError(f"{where}: must be a mapping of sections and keys, not {changes!r}")
+        _check_keys(changes, Config, where)
+        values = _laid_over(values, changes, Config)
+    return _build(values)
+
+
+def _laid_over(values: dict[str, Any], changes: dict[str, Any], cls: type) -> dict[str, Any]:
+    """Sections are merged; keys, those that hold mappings too, are replaced."""
+    merged = dict(values)
+    for name, value in changes.items():
+        section = _section_of(cls, name)
+        merged[name] = _laid_over(values[name], value, section) if section else value
+    return merged
 
 
 def config_from_dict(values: dict[str, Any]) -> Config:
@@ -150,7 +184,8 @@ def _check_dotted(dotted: str) -> None:
         raise _unknown(dotted, _all_keys(), "command line")
     section = _section_of(Config, parts[0])
     if section is None:
-        if len(parts) > 1:
+        holds_keys = str({f.name: f for f in dataclasses.fields(Config)}[parts[0]].type).startswith("dict")
+        if len(parts) > 1 and not holds_keys:
             raise ValueError(f"command line: {parts[0]} has no keys below it; write {parts[0]}=value")
         return
     if len(parts) == 1:

@@ -13,6 +13,7 @@ from opd.config import SYNTHETIC_PREFIX, resolve_path
 from opd.schema import Config
 
 RECORDINGS_PREFIX = "recordings:"
+STAGE_PREFIX = "stage:"  # in a ladder or a comparison: what another stage of the same made
 
 
 def in_ray_job() -> bool:
@@ -22,19 +23,15 @@ def in_ray_job() -> bool:
 
 def resolve(config: Config) -> Config:
     """The config with absolute paths: run directory, models and manifests; synthetic sets are made where missing."""
-    run_dir = config.run_dir
-    if run_dir is None:
-        run_dir = f"runs/{config.recipe_name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if in_ray_job() and not Path(run_dir).expanduser().is_absolute():
-        raise ValueError(
-            f"run_dir={run_dir}: a Ray job runs in a temporary copy of the working directory, where a relative run "
-            "directory would be lost; give an absolute path"
-        )
+    config = with_run_dir(config)
+    run_dir = Path(str(config.run_dir))
     student, teacher, data = config.student, config.teacher, config.data
     if student.path:
-        student = dataclasses.replace(student, path=resolve_model("student.path", student.path))
+        student = dataclasses.replace(student, path=resolve_model("student.path", student.path, run_dir))
     if teacher.path:
-        teacher = dataclasses.replace(teacher, path=resolve_model("teacher.path", teacher.path))
+        teacher = dataclasses.replace(teacher, path=resolve_model("teacher.path", teacher.path, run_dir))
+    if data.train_manifest.startswith(STAGE_PREFIX):
+        data = dataclasses.replace(data, train_manifest=_stage_manifest(data.train_manifest, run_dir))
     names = [data.train_manifest, *data.eval_manifests.values()]
     manifests = resolve_manifests(names)
     data = dataclasses.replace(
@@ -42,9 +39,26 @@ def resolve(config: Config) -> Config:
         train_manifest=manifests[data.train_manifest],
         eval_manifests={name: manifests[path] for name, path in data.eval_manifests.items()},
     )
-    return dataclasses.replace(
-        config, run_dir=str(Path(run_dir).expanduser().resolve()), student=student, teacher=teacher, data=data
-    )
+    return dataclasses.replace(config, student=student, teacher=teacher, data=data)
+
+
+def with_run_dir(config: Config) -> Config:
+    """The config with an absolute run directory, the default one where it names none."""
+    run_dir = config.run_dir or f"runs/{config.recipe_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if in_ray_job() and not Path(run_dir).expanduser().is_absolute():
+        raise ValueError(
+            f"run_dir={run_dir}: a Ray job runs in a temporary copy of the working directory, where a relative run "
+            "directory would be lost; give an absolute path"
+        )
+    return dataclasses.replace(config, run_dir=str(Path(run_dir).expanduser().resolve()))
+
+
+def _stage_manifest(name: str, run_dir: Path) -> str:
+    """The teacher data that a stage beside this one wrote."""
+    path = run_dir.parent / name.removeprefix(STAGE_PREFIX) / "td" / "manifest.jsonl"
+    if not path.is_file():
+        raise ValueError(f"data.train_manifest={name}: there is no {path}; that stage must come before, with stage: td")
+    return str(path)
 
 
 def resolve_manifests(
@@ -91,9 +105,17 @@ def _make_recorded(names: list[str], recordings: str | None, held_out_speakers: 
     return {name: made[set_name] for name, set_name in asked.items()}
 
 
-def resolve_model(key: str, path: str) -> str:
-    """Absolute folder of a model, or a Hub id as it is. Raises ValueError for what is neither."""
-    resolved = resolve_path(path)
+def resolve_model(key: str, path: str, run_dir: Path | None = None) -> str:
+    """Absolute folder of a model, or a Hub id as it is. Raises ValueError for what is neither.
+
+    `stage:NAME` is the export of the stage of that name, whose run directory is beside `run_dir`.
+    """
+    if path.startswith(STAGE_PREFIX) and run_dir is not None:
+        resolved = str(run_dir.parent / path.removeprefix(STAGE_PREFIX) / "export")
+        if not Path(resolved).is_dir():
+            raise ValueError(f"{key}={path}: there is no {resolved}; that stage must come before this one")
+    else:
+        resolved = resolve_path(path)
     if Path(resolved).is_dir():
         if not (Path(resolved) / "config.json").is_file():
             raise ValueError(f"{key}={path}: this folder has no config.json, so it is no checkpoint")

@@ -10,18 +10,23 @@ import psutil
 
 from data.manifest import read_manifest
 from data.sampler import EpochSampler
+from opd.bad_audio import BadAudioList
 from opd.card import write_model_card
-from opd.checkpoint import RunDir, atomic_write_text
+from opd.checkpoint import RunDir
 from opd.evaluate import sample_table, score_transcripts
+from opd.gate import TeacherGate
 from opd.hub import check_push, push
 from opd.metrics import MetricsLog, PhaseTimer
 from opd.resolve import in_ray_job, resolve
 from opd.schema import FROZEN_KEYS, Config
-from opd.teachers.actor import TeacherGroup
+from opd.step_metrics import opd_metrics, sft_metrics
+from opd.teacher_data import TeacherData
 from opd.teachers.environment import check_environments
 from opd.teachers.routing import Router
 from opd.types import Batch
-from trainers.env import set_verl_env
+from opd.workers import Workers
+
+TELL_EVERY_S = 10.0
 
 
 class Run:
@@ -31,25 +36,23 @@ class Run:
         self.config = config
         self.dir = run_dir
         self.step = run_dir.latest() or 0
-        self.state: dict[str, Any] = {"eval_before": {}, "bad_audio": 0, "seen": 0, "no_better": 0, "seconds": {}}
+        self.state: dict[str, Any] = {
+            "eval_before": {}, "bad_audio": 0, "seen": 0, "no_better": 0, "seconds": {},
+            "cpu_seconds": {"student": 0.0, "teacher": 0.0},
+        }  # fmt: skip
         if self.step:
             self.state = run_dir.load_loop_state(self.step)
         self.timer = PhaseTimer(self.state["seconds"])
         self.history: dict[str, Any] = {}
+        self.workers = Workers(config, run_dir.path, self.timer, self.state["cpu_seconds"])
+        self.gate: TeacherGate | None = None
         with self.timer("data"):
-            data = config.data
-            self.utterances = read_manifest(
-                data.train_manifest, require_text=config.stage == "sft", default_language=data.default_language
-            )
-            self.eval_sets = {name: self._eval_set(path) for name, path in data.eval_manifests.items()}
-            if config.stage == "opd":
-                transcribed = self.eval_sets.values() if config.eval.teacher else []
-                Router(config).check([*self.utterances, *(u for utterances in transcribed for u in utterances)])
-            self.sampler = self._sampler()
+            self._read_data()
         if self.step:
             self.sampler.load_state_dict(self.state["sampler"])
         run_dir.truncate_metrics(self.step)
-        self._truncate_bad_audio()
+        self.bad_audio = BadAudioList(run_dir.bad_audio_path, self.state, config.data.max_bad_share)
+        self.bad_audio.truncate(self.step)
         self.log = MetricsLog(
             run_dir.path,
             config.to_dict(),
@@ -59,10 +62,31 @@ class Run:
             config.train.log_every,
         )
 
+    def _read_data(self) -> None:
+        config, data = self.config, self.config.data
+        with_text = config.stage == "sft" or (config.stage == "opd" and config.rollout.source == "manifest")
+        self.utterances = read_manifest(
+            data.train_manifest, require_text=with_text, default_language=data.default_language
+        )
+        self.eval_sets = {name: self._eval_set(path) for name, path in data.eval_manifests.items()}
+        if config.stage != "sft":
+            heard = self.eval_sets.values() if config.stage == "opd" and config.eval.teacher else []
+            Router(config).check([*self.utterances, *(u for utterances in heard for u in utterances)])
+        if config.stage == "td":
+            names = ", ".join(sorted({str(teacher.path) for teacher in config.teacher.by_route().values()}))
+            self.teacher_data = TeacherData(self.dir.path / "td", config.td, names, config.eval.normaliser)
+            if self.teacher_data.is_complete():
+                self.utterances = read_manifest(self.teacher_data.manifest, require_text=True)
+        self.sampler = self._sampler()
+
     @classmethod
     def open(cls, config: Config) -> Run:
         """Checks everything that can be checked before a worker starts."""
-        if config.stage == "opd":
+        import ray
+
+        # A stage of a ladder begins here; the first of a process has begun with the process.
+        opened = time.time() if ray.is_initialized() else 0.0
+        if config.stage != "sft":
             check_environments(config.teacher.by_route())
         if config.export.push:
             check_push(config.export.push, config.export.private)
@@ -74,6 +98,7 @@ class Run:
         )
         run = cls(config, run_dir)
         run.history["synthesis"] = synthesis
+        run.history["opened"] = opened
         return run
 
     def __enter__(self) -> Run:
@@ -82,6 +107,8 @@ class Run:
     def __exit__(self, *error: object) -> None:
         self.log.close()
         self.dir.close()
+        if error[0] is None:  # else the driver ends, and Ray ends its workers; a dead one could not be asked anything
+            self.workers.close()
 
     def _eval_set(self, path: str) -> Batch:
         utterances = read_manifest(path, require_text=True, default_language=self.config.data.default_language)
@@ -99,47 +126,49 @@ class Run:
             len(self.utterances), seed=self.config.seed, sort_keys=keys, sorted_epochs=data.sorted_epochs
         )
 
-    def _truncate_bad_audio(self) -> None:
-        """Drops what was listed after the checkpoint: those steps are run again."""
-        path = self.dir.bad_audio_path
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
-            atomic_write_text(path, "".join(f"{line}\n" for line in kept))
-
     # -- workers -----------------------------------------------------------------------------------------------------
+
+    def write_teacher_data(self) -> None:
+        """Stage td: the teacher transcribes the training set, once; what passes the filters is what is trained on."""
+        if self.teacher_data.is_complete():
+            return
+        self.workers.start_teacher(self._student_path())
+        teacher = self.workers.teacher
+        with self.timer("transcribe"):
+            done, told = 0, time.monotonic()
+            for batch in self.teacher_data.pending(self.utterances, self.config.eval.batch_size * teacher.num_workers):
+                self.teacher_data.add(batch, teacher.transcribe(batch))
+                done += len(batch)
+                if time.monotonic() - told > TELL_EVERY_S:
+                    told = time.monotonic()
+                    print(f"teacher data: {done} utterances transcribed", flush=True)
+        self.state["cpu_seconds"]["teacher"] += teacher.cpu_seconds()
+        counts = self.teacher_data.write(self.utterances)
+        left_out = ", ".join(f"{name} {count}" for name, count in counts["left_out"].items()) or "none"
+        print(
+            f"teacher data: {counts['num_kept']} of {counts['num_utterances']} transcripts kept, left out: {left_out}"
+        )
+        self.workers.close()
+        self.utterances = read_manifest(self.teacher_data.manifest, require_text=True)
+        self.sampler = self._sampler()
 
     def start_workers(self) -> None:
         """Ray, the student's ranks and the teacher's workers; then the newest checkpoint, if there is one."""
-        config = self.config
-        set_verl_env(config.cluster.use_gpu)
-        from trainers.cluster import check_resources, connect
-        from trainers.student import Student
-
-        with_teacher = config.stage == "opd"
-        with self.timer("start_ray"):
-            connect(config.cluster)
-            check_resources(config.cluster, with_teacher)
-        path = self._student_path()
-        with self.timer("start_student"):
-            if with_teacher:
-                self.teacher = TeacherGroup(config, path)
-            self.student = Student(config, path)
-            facts = self.student.wait_ready()
-        teacher_facts = []
-        with self.timer("start_teacher"):
-            if with_teacher:
-                teacher_facts = self.teacher.wait_ready()
-                coverage = teacher_facts[0]["vocab_coverage"]
-                print(f"teacher: {config.teacher.path}, {coverage:.1%} of the student's vocabulary maps into its own")
-        print(f"student: {path}, {facts[0]['num_parameters']:,} parameters on {len(facts)} ranks")
-        pids = {"student": [f["pid"] for f in facts], "teacher": [f["pid"] for f in teacher_facts]}
-        atomic_write_text(
-            self.dir.path / "workers.json", json.dumps(pids) + "\n"
-        )  # for py-spy, and for whoever watches
+        self.workers.start(self._student_path(), with_teacher=self.config.stage == "opd")
+        limit = self.config.teacher.gate_max_wer
+        if limit is not None:
+            self.gate = TeacherGate(limit, self.teacher.transcribe, self.config.eval.normaliser)
         if self.step:
             self.student.load(self.dir.checkpoint_path(self.step))
-            print(f"going on after step {self.step} of {config.train.num_steps}")
+            print(f"going on after step {self.step} of {self.config.train.num_steps}")
+
+    @property
+    def student(self) -> Any:
+        return self.workers.student
+
+    @property
+    def teacher(self) -> Any:
+        return self.workers.teacher
 
     def _student_path(self) -> str:
         """The arkasr folder that the student starts from; made from `student.init` where that is asked for."""
@@ -159,43 +188,39 @@ class Run:
     # -- steps -------------------------------------------------------------------------------------------------------
 
     def next_batch(self) -> Batch:
-        """The next global batch."""
-        return [self.utterances[index] for index in self.sampler.next_batch(self.config.train.batch_size)]
+        """The next global batch: what the sampler draws and, where there is one, the teacher gate lets pass."""
+        size = self.config.train.batch_size
+        if self.gate is None:
+            return self._draw(size)
+        batch: Batch = []
+        drawn = 0
+        with self.timer("gate"):
+            while len(batch) < size:
+                if not batch and drawn >= len(self.utterances):
+                    raise ValueError(
+                        f"teacher.gate_max_wer={self.gate.max_wer:g}: the teacher gets all {len(self.utterances)} utterances "
+                        "of data.train_manifest wrong beyond this; look at their texts, or raise the limit"
+                    )
+                drawn += size - len(batch)
+                batch += self.gate.accept(self._draw(size - len(batch)))
+        return batch
+
+    def _draw(self, size: int) -> Batch:
+        return [self.utterances[index] for index in self.sampler.next_batch(size)]
 
     def log_opd(self, step: int, batch: Batch, rollout: Any, sums: dict[str, float], coverage: float) -> None:
         """Metrics of an OPD step, from sums over all ranks."""
         self.step = step
-        positions, ends = max(1.0, sums["positions"]), max(1.0, sums["ends"])
-        size = len(batch)
-        metrics = {
-            "loss/kl": sums["loss"],
-            "optim/lr": sums["lr"],
-            "optim/grad_norm": sums["grad_norm"],
-            "support/vuss": sums["support_size"] / positions,
-            "support/overlap": sums["overlap"] / positions,
-            "support/student_mass": sums["student_mass"] / positions,
-            "support/teacher_mass": sums["teacher_mass"] / positions,
-            "support/unmapped_mass": sums["unmapped_mass"] / positions,
-            "teacher/entropy": sums["teacher_entropy"] / positions,
-            "teacher/eos_at_end": sums["teacher_eos_at_end"] / ends,
-            "student/eos_at_end": sums["student_eos_at_end"] / ends,
-            "loss/k1": sums["k1"] / positions,
-            "loss/k3": sums["k3"] / positions,
-            "align/coverage": coverage,
-            "align/dropped_share": sums["unaligned"] / max(1.0, sums["written"]),
-            "rollout/loop_dropped_share": sums["in_loops"] / max(1.0, sums["written"]),
-            "rollout/tokens": rollout.sums["tokens"] / size,
-            "rollout/finished_share": rollout.sums["finished"] / size,
-            "rollout/looped_share": rollout.sums["looped"] / size,
-            "rollout/empty_share": rollout.sums["empty"] / size,
-        }
-        bad_ids = self._note_bad(rollout.bad, size)
+        metrics = opd_metrics(sums, rollout.sums, len(batch), coverage)
+        if self.gate is not None:
+            metrics["gate/left_out_share"] = self.gate.num_left_out / max(1, self.gate.num_checked)
+        bad_ids = self.bad_audio.note(step, rollout.bad, len(batch))
         known = [
             (u, text)
             for u, text in zip(batch, rollout.texts, strict=True)
             if u.text is not None and u.id not in bad_ids
         ]
-        if known:
+        if known and self.config.rollout.source == "student":
             metrics["rollout/wer"] = score_transcripts(
                 [str(u.text) for u, _ in known],
                 [text for _, text in known],
@@ -205,20 +230,10 @@ class Run:
         self._log(step, metrics)
 
     def log_sft(self, step: int, sums: dict[str, Any]) -> None:
-        """Metrics of an SFT step, from sums over all ranks."""
+        """Metrics of a step on texts, from sums over all ranks."""
         self.step = step
-        positions = max(1.0, sums["positions"])
-        metrics = {
-            "loss/total": sums["loss"],
-            "loss/ce": sums["ce"] / positions,
-            "train/token_accuracy": sums["correct"] / positions,
-            "optim/lr": sums["lr"],
-            "optim/grad_norm": sums["grad_norm"],
-        }
-        if "ctc" in sums:
-            metrics["loss/ctc"] = sums["ctc"] / positions
-        self._note_bad(sums["bad"], self.config.train.batch_size)
-        self._log(step, metrics)
+        self.bad_audio.note(step, sums["bad"], self.config.train.batch_size)
+        self._log(step, sft_metrics(sums))
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         metrics["data/bad_audio"] = self.state["bad_audio"]
@@ -235,32 +250,12 @@ class Run:
             name: totals[name] for name in ("start_ray", "start_student", "start_teacher") if name in totals
         }
         parts["first_step"] = sum(metrics.get(f"time/{p}", 0.0) for p in ("rollout", "teacher", "update"))
-        total = time.time() - psutil.Process().create_time()
+        total = time.time() - max(psutil.Process().create_time(), self.history["opened"])
         total -= totals.get("eval", 0.0) + self.history.get("synthesis", 0.0)
         parts["imports_and_config"] = total - sum(parts.values())
         self.history["start"] = {"total": total, **parts}
         listed = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
         print(f"first step {total:.1f} s after the command: {listed}")
-
-    def _note_bad(self, bad: list[tuple[str, str, str]], seen: int) -> set[str]:
-        """Counts skipped utterances, lists them in bad_audio.jsonl, stops above the limit on their share."""
-        self.state["seen"] += seen
-        self.state["bad_audio"] += len(bad)
-        if bad:
-            with open(self.dir.bad_audio_path, "a", encoding="utf-8") as file:
-                for utterance_id, path, reason in bad:
-                    file.write(
-                        json.dumps({"id": utterance_id, "audio": path, "reason": reason, "step": self.step}) + "\n"
-                    )
-            share = self.state["bad_audio"] / self.state["seen"]
-            # A share means little before some utterances were seen.
-            if self.state["seen"] >= 100 and share > self.config.data.max_bad_share:
-                raise ValueError(
-                    f"step {self.step}: {share:.1%} of the utterances seen so far are bad audio, above "
-                    f"data.max_bad_share={self.config.data.max_bad_share:g}; they are listed in "
-                    f"{self.dir.path / 'bad_audio.jsonl'}"
-                )
-        return {utterance_id for utterance_id, _, _ in bad}
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
@@ -288,13 +283,15 @@ class Run:
         """WER of the student as it starts and, once, of the teacher."""
         self.timer.take_step()  # what went into the start is not the first step's
         if self.state["eval_before"] or not self.eval_sets:
+            self.workers.start_clocks()
             return
         with self.timer("eval"):
             before = self._evaluate(0, self.student.transcribe)
             teacher = {}
             if self.config.stage == "opd" and self.config.eval.teacher:
-                teacher = self._evaluate(0, self.teacher.transcribe, label="teacher")
+                teacher = self._evaluate(0, self.workers.teacher_texts, label="teacher")
         self.timer.take_step()
+        self.workers.start_clocks()
         self.state["eval_before"] = before
         self.state["eval_teacher"] = teacher
         for name, result in before.items():
@@ -306,9 +303,11 @@ class Run:
         every = self.config.eval.eval_every
         if not every or step % every or step == self.config.train.num_steps or not self.eval_sets:
             return False
+        self.workers.stop_clocks()
         with self.timer("eval"):
             results = self._evaluate(step, self.student.transcribe)
         self.timer.take_step()
+        self.workers.start_clocks()
         wer = results[str(self.config.best_eval_set())]["wer"]
         best = self.state.get("best_wer")
         improved = best is None or wer < best
@@ -328,6 +327,7 @@ class Run:
         is_best = evaluated["step"] == step and self.state["no_better"] == 0
         if step % self.config.checkpoint.checkpoint_every and not last and not is_best:
             return
+        self.workers.stop_clocks()
         with self.timer("checkpoint"):
             folder = self.dir.begin_save(step)
             self.student.save(folder)
@@ -338,6 +338,7 @@ class Run:
                 self.dir.record_eval(step, evaluated["wer"])
             self.dir.commit_save(step, self.state)
         self.timer.take_step()
+        self.workers.start_clocks()
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
@@ -356,6 +357,16 @@ class Run:
             self.student.round_weights()
         with self.timer("eval"):
             after = self._evaluate(self.step, self.student.transcribe) if self.eval_sets else {}
+        summary = self._summary(exported_step, export_dir, after)
+        export = self.config.export
+        write_model_card(export_dir, {**summary, "license": export.license, "config": self.config.to_dict()})
+        self._write_transcripts()
+        self.dir.write_summary(summary)
+        if export.push:  # after the summary: a push that fails loses nothing and can be repeated
+            print(f"push: {push(export_dir, export.push, export.private, export.revision)}")
+        return self.print_summary()
+
+    def _summary(self, exported_step: int, export_dir: Any, after: dict[str, Any]) -> dict[str, Any]:
         before, teacher = self.state["eval_before"], self.state.get("eval_teacher", {})
         evaluation = {
             name: {"before": before.get(name), "after": after[name], **({"teacher": teacher[name]} if teacher else {})}
@@ -368,20 +379,20 @@ class Run:
             "exported_step": exported_step,
             "seed": self.config.seed,
             "seconds": {name: round(value, 3) for name, value in self.timer.seconds().items()},
+            "cpu_seconds": {name: round(value, 2) for name, value in self.state["cpu_seconds"].items()},
             "start": self.history.get("start"),
             "eval": evaluation,
             "train_manifest": self.config.data.train_manifest,
+            "eval_manifests": self.config.data.eval_manifests,
             "train_texts": sum(u.text is not None for u in self.utterances),
             "export_dir": str(export_dir),
             "languages": sorted({u.language for s in self.eval_sets.values() for u in s if u.language}),
         }
-        export = self.config.export
-        write_model_card(export_dir, {**summary, "license": export.license, "config": self.config.to_dict()})
-        self._write_transcripts()
-        self.dir.write_summary(summary)
-        if export.push:  # after the summary: a push that fails loses nothing and can be repeated
-            print(f"push: {push(export_dir, export.push, export.private, export.revision)}")
-        return self.print_summary()
+        if self.config.stage == "td":
+            summary["teacher_data"] = self.teacher_data.counts()
+        if self.gate is not None:
+            summary["gate"] = {"checked": self.gate.num_checked, "left_out": self.gate.num_left_out}
+        return summary
 
     def _best_step(self) -> int:
         """The step that is exported: the last one; with early stopping the best by evaluation."""

@@ -17,7 +17,9 @@ def key(default: Any, meaning: str) -> Any:
 
 @dataclass(frozen=True)
 class StudentConfig:
-    path: str | None = key(None, "arkasr folder or Hub id to start from; null with `init` for a fresh model")
+    path: str | None = key(
+        None, "arkasr folder or Hub id to start from; null with `init` for a fresh model; stage:NAME"
+    )
     init: dict[str, Any] = key({}, "sizes of a fresh, randomly initialised model (see recipes/tiny_teacher.yaml)")
     dtype: str = key("float32", "compute type: float32 | bfloat16; weights and optimizer state stay float32")
     attn_implementation: str = key("sdpa", "attention: sdpa | eager | flash_attention_2")
@@ -32,7 +34,9 @@ class TeacherConfig:
     kind: str = key(
         "arkasr", "what the teacher is: arkasr | qwen3_asr | hf (any native speech-to-text model of transformers)"
     )
-    path: str | None = key(None, "folder or Hub id of the teacher; not used by stage sft")
+    path: str | None = key(
+        None, "folder or Hub id of the teacher; not used by stage sft; stage:NAME = made by that stage"
+    )
     python_path: str | None = key(
         None, "interpreter of the teacher's own environment (make teacher-env); null = this one"
     )
@@ -48,6 +52,12 @@ class TeacherConfig:
     dtype: str = key("float32", "the teacher's weights and compute: float32 | bfloat16 | float16")
     attn_implementation: str = key("sdpa", "attention: sdpa | eager | flash_attention_2")
     min_coverage: float = key(0.9, "smallest share of response positions that must map into the teacher's vocabulary")
+    gate_max_wer: float | None = key(
+        None, "stage opd: utterances whose teacher transcript has a higher WER against their `text` are left out"
+    )
+    cache_dir: str | None = key(
+        None, "folder where teacher transcripts, and scores of fixed texts, are kept and reused by other runs"
+    )
 
     def by_route(self) -> dict[str, TeacherConfig]:
         """Each route's teacher, with what the route does not say taken from here; without routes this one, named ""."""
@@ -71,7 +81,16 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class TdConfig:
+    min_avg_logprob: float = key(-1.0, "least mean log-probability of a teacher transcript's tokens, nats")
+    max_chars_per_second: float = key(30.0, "a transcript with more characters a second of audio is left out")
+    min_chars_per_second: float = key(0.0, "a transcript with fewer characters a second of audio is left out")
+    max_wer: float | None = key(None, "where the manifest has a reference: a transcript with a higher WER is left out")
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
+    source: str = key("student", "who writes the responses: student | manifest (its `text`: off-policy distillation)")
     temperature: float = key(0.0, "0 = greedy; above 0 the student samples at this temperature")
     max_new_tokens: int = key(256, "length limit of a response; one cut here has no EOS position")
     max_repeats: int = key(8, "an n-gram repeated more often than this in a row is a loop")
@@ -168,8 +187,10 @@ class ClusterConfig:
 @dataclass(frozen=True)
 class Config:
     recipe: str = key("???", "name of a file in recipes/, or a path to a .yaml")
-    stage: str = key("opd", "sft (references) | opd (on-policy distillation)")
-    stages: list[str] = key([], "a ladder of stages; empty or one stage for now")
+    stage: str = key("opd", "sft (references) | td (the teacher's transcripts) | opd (on-policy distillation)")
+    stages: list[str] = key([], "a ladder: names of stages, run one after the other; each starts from the one before")
+    ladder: dict[str, Any] = key({}, "stage name -> what differs in it, as section: {key: value}; see opd/ladder.py")
+    compare: dict[str, Any] = key({}, "arms that are measured against each other; see opd/compare.py")
     engine: str = key("fsdp2", "how the student is trained: fsdp2")
     run_dir: str | None = key(None, "where everything of this run goes; default runs/<recipe>-<time>")
     resume: str = key("auto", "auto: go on from the newest complete checkpoint | never")
@@ -178,6 +199,7 @@ class Config:
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    td: TdConfig = field(default_factory=TdConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -208,7 +230,7 @@ class Config:
 # how it is watched and how long it goes on may change.
 FROZEN_KEYS = [
     "recipe", "stage", "seed", "engine", "student", "teacher.kind", "teacher.path",
-    "teacher.language", "teacher.prompt", "teacher.routes", "data.train_manifest",
-    "data.sorted_epochs", "rollout", "loss", "optim", "train.batch_size", "train.micro_batch_size", "train.num_steps",
+    "teacher.language", "teacher.prompt", "teacher.routes", "teacher.gate_max_wer", "data.train_manifest",
+    "data.sorted_epochs", "td", "rollout", "loss", "optim", "train.batch_size", "train.micro_batch_size", "train.num_steps",
     "cluster.num_nodes", "cluster.ranks_per_node", "eval.normaliser",
 ]  # fmt: skip

@@ -38,3 +38,39 @@ def _cells(before: dict[str, Any] | None, after: dict[str, Any], teacher: dict[s
         f"{teacher['wer']:.2%}" if teacher else "-",
         closed,
     ]
+
+
+def print_ladder(summary: dict[str, Any]) -> None:
+    """WER after each stage of a ladder, the start and the teacher's beside it."""
+    stages = summary["stages"]
+    table = Table(title=f"{summary['recipe']} (seed {summary['seed']}): WER after each stage")
+    sets = list(dict.fromkeys(name for stage in stages.values() for name in stage["eval"]))
+    for column in ("stage", "kind"):
+        table.add_column(column)
+    for column in ("steps", "seconds", *sets):
+        table.add_column(column, justify="right")
+    for name, stage in stages.items():
+        seconds = f"{stage['seconds']['total']:.0f}"
+        rates = [f"{stage['eval'][s]['after']['wer']:.2%}" if s in stage["eval"] else "-" for s in sets]
+        table.add_row(name, stage["stage"], str(stage["steps"]), seconds, *rates)
+    Console(width=120).print(table)
+
+
+def print_comparison(summary: dict[str, Any]) -> None:
+    """The arms of each setting, best first; differences are to the base arm, with 95 % intervals."""
+    for setting, rows in summary["settings"].items():
+        before = rows[0]["wer_before"]
+        table = Table(
+            title=f"{summary['recipe']}, {setting}: WER on {summary['eval_set']}, {len(summary['seeds'])} seeds, "
+            f"start {before:.2%}"
+        )
+        table.add_column("arm")
+        for column in ("steps", "CPU-s", "WER mean", "spread (sd)", f"minus {summary['base_arm']}", "95 % interval"):
+            table.add_column(column, justify="right")
+        for row in sorted(rows, key=lambda row: row["wer_mean"]):
+            spread = f"{row['wer_sd']:.2%}" if row["wer_sd"] is not None else "-"
+            difference = f"{row['difference']:+.2%}" if "difference" in row else "-"
+            interval = "{:+.2%} .. {:+.2%}".format(*row["interval"]) if "interval" in row else "-"
+            cells = (f"{row['cpu_seconds']:.0f}", f"{row['wer_mean']:.2%}", spread, difference, interval)
+            table.add_row(row["arm"], str(row["steps"]), *cells)
+        Console(width=120).print(table)

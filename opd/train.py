@@ -24,6 +24,8 @@ def train(config: Config) -> dict:
     with Run.open(config) as run:  # run directory, data, last complete checkpoint or a fresh start
         if run.is_finished():
             return run.print_summary()
+        if config.stage == "td":
+            run.write_teacher_data()  # the teacher transcribes; the student is then tuned on what passes the filters
         with run.timer("start"):
             run.start_workers()  # student: a verl RayWorkerGroup; teacher: plain Ray actors; both load at the same time
         run.evaluate_before()
@@ -50,6 +52,19 @@ def train(config: Config) -> dict:
         return run.finish()  # export, evaluation of the exported weights, summary.json
 
 
+def run_all(config: Config) -> dict:
+    """One run, or all runs of a ladder (`stages`) or of a comparison (`compare`), one after the other."""
+    if config.compare:
+        from opd.compare import run_comparison
+
+        return run_comparison(config, train)
+    if config.stages:
+        from opd.ladder import run_ladder
+
+        return run_ladder(config, train)
+    return train(config)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line. Returns the exit status: 0, or 1 after one line that says what went wrong."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -63,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         if print_config:
             print(describe(config))
             return 0
-        train(config)
+        run_all(config)
     except KeyboardInterrupt:
         print("interrupted; start again with the same run_dir to go on from the newest checkpoint", file=sys.stderr)
         return 130

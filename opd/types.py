@@ -34,6 +34,24 @@ class Utterance:
 Batch = list[Utterance]
 
 
+@dataclass(frozen=True)
+class TeacherTranscript:
+    """What a teacher wrote for one utterance, greedy.
+
+    avg_logprob  mean log-probability of its tokens, the one that ends it included; nats
+    finished     False where the length limit cut it
+    looped       True where it falls into a repetition loop (opd.rollout.loops)
+    error        why the audio could not be read; the text is then empty
+    """
+
+    text: str
+    avg_logprob: float
+    num_tokens: int
+    finished: bool
+    looped: bool
+    error: str | None = None
+
+
 class TensorRecord:
     """A dataclass of tensors that travels between processes as a plain dictionary (no class to unpickle)."""
 

@@ -13,9 +13,11 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
 TEACHER_KINDS = ("arkasr", "qwen3_asr", "hf")
+STAGES = ("sft", "td", "opd")
 PROMPT_FORMS = {"text": str, "chat": list, "transcription": dict}
 _CHOICES = {
-    "stage": ("sft", "opd"), "engine": ("fsdp2",), "resume": ("auto", "never"), "schedule": ("sync",),
+    "stage": STAGES, "rollout.source": ("student", "manifest"),
+    "engine": ("fsdp2",), "resume": ("auto", "never"), "schedule": ("sync",),
     "student.dtype": DTYPES[:2], "teacher.kind": TEACHER_KINDS, "teacher.dtype": DTYPES, "export.dtype": DTYPES,
     "data.on_bad_audio": ("stop", "skip"), "loss.support": ("union", "student", "teacher"),
     "loss.kind": ("forward_kl", "reverse_kl", "jsd", "sampled_kl", "full_kl"),
@@ -25,7 +27,7 @@ _CHOICES = {
     "teacher.attn_implementation": ATTENTION,
 }  # fmt: skip
 _POSITIVE = (
-    "data.max_seconds", "rollout.max_new_tokens", "rollout.max_repeats", "loss.top_k", "loss.temperature",
+    "data.max_seconds", "td.max_chars_per_second", "rollout.max_new_tokens", "rollout.max_repeats", "loss.top_k", "loss.temperature",
     "loss.chunk_size", "optim.lr", "optim.eps", "train.num_steps", "train.batch_size", "train.micro_batch_size",
     "train.log_every", "checkpoint.checkpoint_every", "checkpoint.keep_last", "eval.batch_size", "cluster.num_nodes",
     "cluster.ranks_per_node", "cluster.num_teachers",
@@ -34,7 +36,7 @@ _POSITIVE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "rollout.temperature", "loss.ctc_weight", "optim.weight_decay", "optim.max_grad_norm", "optim.warmup_steps",
-    "eval.eval_every", "eval.max_utterances", "eval.num_samples", "eval.patience", "data.sorted_epochs",
+    "eval.eval_every", "td.min_chars_per_second", "eval.max_utterances", "eval.num_samples", "eval.patience", "data.sorted_epochs",
     "cluster.cpus_per_rank", "cluster.cpus_per_teacher", "cluster.gpus_per_teacher", "seed",
 )  # fmt: skip
 _SHARES = ("teacher.min_coverage", "data.max_bad_share", "loss.beta", "optim.min_lr_ratio")
@@ -66,8 +68,6 @@ def validate(config: Config) -> None:
 
 
 def _validate_parts(config: Config) -> None:
-    if len(config.stages) > 1 or (config.stages and config.stages != [config.stage]):
-        raise ValueError(f"stages={config.stages}: run one stage at a time with stage=sft or stage=opd")
     unknown = set(config.student.freeze) - {"encoder", "adapter", "decoder"}
     if unknown:
         raise ValueError(f"student.freeze={config.student.freeze}: parts are encoder, adapter, decoder")
@@ -77,8 +77,13 @@ def _validate_parts(config: Config) -> None:
         raise ValueError(
             "student: give either student.path (a model to start from) or student.init (sizes of a new one)"
         )
-    if config.stage == "opd":
-        _validate_teachers(config.teacher)
+    if config.stage != "sft":
+        _validate_teachers(config.teacher, config.stage)
+    _validate_optional(config)
+    if config.rollout.source == "manifest" and (config.rollout.temperature > 0 or config.loss.kind == "sampled_kl"):
+        raise ValueError(
+            "rollout.source=manifest: its texts are not drawn; set rollout.temperature=0 and another loss than sampled_kl"
+        )
     if config.stage == "opd" and config.loss.kind == "sampled_kl" and config.rollout.temperature == 0:
         raise ValueError("loss.kind=sampled_kl needs sampled rollouts: set rollout.temperature above 0")
     if config.loss.kind == "jsd" and not 0 < config.loss.beta < 1:
@@ -95,7 +100,19 @@ def _validate_parts(config: Config) -> None:
         raise ValueError(f"eval.best_by={config.eval.best_by}: not in data.eval_manifests")
 
 
-def _validate_teachers(teacher: TeacherConfig) -> None:
+def _validate_optional(config: Config) -> None:
+    """Keys that may be null; both are WER limits, and 0 lets only what is all right pass."""
+    for dotted in ("teacher.gate_max_wer", "td.max_wer"):
+        value = _get(config, dotted)
+        if value is not None and (isinstance(value, str) or not value >= 0):
+            raise ValueError(f"{dotted}={value}: must be a WER from 0 on (0.2 is 20 %), or null")
+    if config.teacher.gate_max_wer is not None and config.stage != "opd":
+        raise ValueError(
+            f"teacher.gate_max_wer: belongs to stage opd; stage {config.stage} has td.max_wer or no teacher"
+        )
+
+
+def _validate_teachers(teacher: TeacherConfig, stage: str) -> None:
     """Every teacher has what its kind needs; every route has known keys and values that its keys can take."""
     known = {f.name for f in dataclasses.fields(teacher)} - {"routes"} | {"match", "num_workers"}
     for name, route in teacher.routes.items():
@@ -113,7 +130,7 @@ def _validate_teachers(teacher: TeacherConfig) -> None:
             if getattr(one, field) not in choices:
                 raise ValueError(f"{where}.{field}={getattr(one, field)}: must be one of {', '.join(choices)}")
         if not one.path:
-            raise ValueError(f"{where}.path is missing: stage opd needs a teacher")
+            raise ValueError(f"{where}.path is missing: stage {stage} needs a teacher")
         if isinstance(one.min_coverage, str) or not 0 <= one.min_coverage <= 1:
             raise ValueError(f"{where}.min_coverage={one.min_coverage}: must be between 0 and 1")
         if not isinstance(one.language, str):

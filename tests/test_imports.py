@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-DRIVER = {"opd.train", "opd.run"}
+DRIVER = {"opd.train", "opd.run", "opd.workers"}
 RAY_ALLOWED = DRIVER | {"opd.remote", "opd.teachers.actor"}
 HEAVY = {"vllm", "deepspeed", "wandb", "jiwer", "matplotlib"}
 ONLY_IN = {"wandb": {"opd.metrics"}, "jiwer": {"opd.evaluate"}}

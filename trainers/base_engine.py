@@ -99,7 +99,7 @@ class StudentEngine(BaseEngine):
         model = load_model(self.path, dtype=torch.float32, attn_implementation=self.config.student.attn_implementation)
         self.model_config = model.config
         freeze(model, self.config.student.freeze)
-        with_ctc = self.config.stage == "sft" and self.config.loss.ctc_weight > 0
+        with_ctc = self.config.loss.ctc_weight > 0
         student = TrainedStudent(model, model.config.vocab_size if with_ctc else 0)
         self.module = self._wrap(student)
         self.optimizer = self._build_optimizer()

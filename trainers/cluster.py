@@ -16,7 +16,12 @@ from trainers.env import verl_env
 
 
 def connect(cluster: ClusterConfig) -> None:
-    """Joins the cluster of RAY_ADDRESS or of the surrounding Ray job; starts a local one where there is none."""
+    """Joins the cluster of RAY_ADDRESS or of the surrounding Ray job; starts a local one where there is none.
+
+    Where this process is connected already (the stage before this one did it), it stays so.
+    """
+    if ray.is_initialized():
+        return
     env = verl_env(cluster.use_gpu)
     options: dict[str, Any] = {"runtime_env": {"env_vars": env}, "log_to_driver": False, "logging_level": "WARNING"}
     if not os.environ.get("RAY_ADDRESS"):
@@ -25,9 +30,9 @@ def connect(cluster: ClusterConfig) -> None:
     ray.init(**options)
 
 
-def check_resources(cluster: ClusterConfig, with_teacher: bool) -> None:
+def check_resources(cluster: ClusterConfig, with_student: bool, with_teacher: bool) -> None:
     """Raises ValueError where the cluster has too few CPUs or GPUs for what the config asks."""
-    ranks = cluster.num_nodes * cluster.ranks_per_node
+    ranks = cluster.num_nodes * cluster.ranks_per_node if with_student else 0
     teachers = cluster.num_teachers if with_teacher else 0
     needed = {"CPU": ranks * cluster.cpus_per_rank + teachers * cluster.cpus_per_teacher}
     if cluster.use_gpu:
@@ -69,6 +74,12 @@ class StudentPool(RayResourcePool):
             wait_for_placement(groups, f"{self.world_size} student ranks", bundle, self.cluster.placement_timeout_s)
             self.pgs = sort_placement_group_by_node_ip(groups)
         return self.pgs
+
+    def remove(self) -> None:
+        """Gives the placement groups back."""
+        for group in self.pgs or []:
+            remove_placement_group(group)
+        self.pgs = None
 
 
 def wait_for_placement(groups: list[PlacementGroup], what: str, bundle: dict[str, float], timeout_s: float) -> None:

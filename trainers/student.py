@@ -49,8 +49,9 @@ class Student:
         self.config = config
         worker = RayClassWithInitArgs(cls=ray.remote(StudentWorker), config=config.to_dict(), path=path)
         worker.update_options({"num_cpus": config.cluster.cpus_per_rank})
+        self.pool = StudentPool(config.cluster)
         self.group = StudentGroup(
-            StudentPool(config.cluster), worker, device_name=get_device_name(), timeout_s=config.cluster.start_timeout_s
+            self.pool, worker, device_name=get_device_name(), timeout_s=config.cluster.start_timeout_s
         )
         self._setup = self.group.setup()
 
@@ -119,6 +120,16 @@ class Student:
 
     def export(self, out_dir: Path) -> None:
         self._call(self.group.export(str(out_dir)), f"the export into {out_dir}")
+
+    def cpu_seconds(self) -> float:
+        """Processor time of all ranks so far."""
+        return sum(self._call(self.group.cpu_seconds(), "the ranks' clocks"))
+
+    def close(self) -> None:
+        """Ends the ranks and frees what Ray has set aside for them."""
+        for worker in self.group.workers:
+            ray.kill(worker)
+        self.pool.remove()
 
     def round_weights(self) -> None:
         self._call(self.group.round_weights(), "rounding the weights")

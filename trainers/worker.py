@@ -25,6 +25,7 @@ from opd.arkasr import blocked_token_ids, load_processor
 from opd.config import config_from_dict
 from opd.export import save_arkasr
 from opd.rollout.decode import decode, split, uniforms
+from opd.rollout.forced import forced
 from opd.types import Batch, Rollout, TeacherScore
 from opd.vocab import blocked_mask
 from trainers.base_engine import init_process_group
@@ -76,13 +77,16 @@ class StudentWorker(Worker):
 
     @register(dispatch_mode=Dispatch.ALL_TO_ALL, blocking=False)
     def generate(self, shard: Batch, step: int) -> dict[str, Any]:
-        """The student writes a response to each utterance of its shard.
+        """The student writes a response to each utterance of its shard, or reads the manifest's (rollout.source).
 
         Returns references to micro-batches of the rollout, the texts, and what audio was bad.
         """
         inputs, bad = self._prompts(shard)
         config = self.config.rollout
-        rollout = self._decode(inputs, shard, bad, config.temperature, step)
+        if config.source == "manifest":
+            rollout = self._forced(inputs, shard, bad)
+        else:
+            rollout = self._decode(inputs, shard, bad, config.temperature, step)
         parts = split(rollout, self.config.train.micro_batch_size)
         return {
             "refs": [ray.put(part.to_dict()) for part in parts],
@@ -132,6 +136,20 @@ class StudentWorker(Worker):
             return decode(self.engine.generate_forward, inputs, **arguments)
         with self.engine.generation_mode():
             return decode(self.engine.generate_forward, inputs, **arguments)
+
+    def _forced(self, inputs: dict, shard: Batch, bad: list) -> Rollout:
+        """The manifest's texts as a rollout."""
+        bad_ids = {error.utterance_id for error in bad}
+        tokenizer = self.processor.tokenizer
+        response_ids = [
+            [] if u.id in bad_ids else [*tokenizer(u.text, add_special_tokens=False)["input_ids"], self.eos_id]
+            for u in shard
+        ]
+        with self.engine.generation_mode():
+            return forced(
+                self.engine.generate_forward, inputs, response_ids, eos_id=self.eos_id, pad_id=self.pad_id,
+                blocked_V=self.blocked_V, top_k=self.config.loss.top_k, max_repeats=self.config.rollout.max_repeats,
+            )  # fmt: skip
 
     def _prompts(self, shard: Batch, keep: bool = True) -> tuple[dict[str, torch.Tensor], list]:
         """Model inputs of the shard's prompts, left-padded. Kept until the update of the same step."""
@@ -185,6 +203,11 @@ class StudentWorker(Worker):
     def _step(self, micros: list, objective: Any) -> dict[str, float]:
         with self.engine.train_mode():
             return self.engine.train_batch(micros, objective)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    def cpu_seconds(self) -> float:
+        """Processor time of this process so far, all threads."""
+        return time.process_time()
 
     # -- state -----------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from opd.schema import Config, TeacherConfig
 from opd.teachers.environment import interpreter
 from opd.teachers.routing import Router
 from opd.teachers.worker import TeacherWorker
-from opd.types import Batch
+from opd.types import Batch, TeacherTranscript
 
 NO_COUNTS = {"positions": 0, "aligned": 0, "responses": 0, "retokenised": 0}
 
@@ -122,7 +122,7 @@ class TeacherGroup:
             self.counts = {key: self.counts[key] + totals[key] for key in totals}
         return self.counts["aligned"] / max(1, self.counts["positions"])
 
-    def transcribe(self, utterances: Batch) -> list[str]:
+    def transcribe(self, utterances: Batch) -> list[TeacherTranscript]:
         """The teachers' transcripts, in order."""
         size = self.config.eval.batch_size
         calls = []
@@ -132,8 +132,23 @@ class TeacherGroup:
                 part = rows[start : start + size]
                 calls.append((part, pool[turn % len(pool)].transcribe.remote([utterances[row] for row in part])))
         results = wait([ref for _, ref in calls], "the teacher's transcripts", self.config.cluster.call_timeout_s)
-        texts = [""] * len(utterances)
-        for (part, _), transcripts in zip(calls, results, strict=True):
-            for row, text in zip(part, transcripts, strict=True):
-                texts[row] = text
-        return texts
+        transcripts: dict[int, TeacherTranscript] = {}
+        for (part, _), written in zip(calls, results, strict=True):
+            transcripts |= zip(part, written, strict=True)
+        return [transcripts[row] for row in range(len(utterances))]
+
+    @property
+    def num_workers(self) -> int:
+        return sum(map(len, self.pools.values()))
+
+    def cpu_seconds(self) -> float:
+        """Processor time of all workers so far."""
+        refs = [worker.cpu_seconds.remote() for pool in self.pools.values() for worker in pool]
+        return sum(wait(refs, "the teacher's clocks", self.config.cluster.call_timeout_s))
+
+    def close(self) -> None:
+        """Ends the workers and frees what Ray has set aside for them."""
+        for pool in self.pools.values():
+            for worker in pool:
+                ray.kill(worker)
+        self.pools = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from opd.arkasr import load_model, load_processor
@@ -17,9 +18,8 @@ class ArkasrTeacher(CausalTeacher):
     def load(self, path: str, dtype: torch.dtype, attn_implementation: str) -> tuple[Any, Any]:
         return load_model(path, dtype=dtype, attn_implementation=attn_implementation), load_processor(path)
 
-    def prompts(self, utterances: Batch) -> list[tuple[list[int], Inputs]]:
+    def prompts_of(self, utterances: Batch, waveforms: list[np.ndarray]) -> list[tuple[list[int], Inputs]]:
         """One group: the encoder masks padding."""
-        waveforms, _ = self.collator.collate(utterances)
         return [(list(range(len(utterances))), self.to_model(self.processor.build_inputs(waveforms)))]
 
     def read_text(self, ids: list[int]) -> str:

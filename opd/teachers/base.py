@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
-from opd.types import Batch
+from opd.types import Batch, TeacherTranscript
 
 KINDS = ("arkasr", "qwen3_asr", "hf")
 
@@ -28,24 +28,32 @@ class Teacher(Protocol):
         """What the log says about this teacher: its size, the share of the student's vocabulary that maps."""
         ...
 
-    def transcribe(self, utterances: Batch) -> list[str]:
-        """The teacher's own greedy transcripts."""
+    def transcribe(self, utterances: Batch) -> list[TeacherTranscript]:
+        """The teacher's own greedy transcripts, in order."""
         ...
 
 
 def make_teacher(config: dict[str, Any], student_path: str) -> Teacher:
     """The teacher of a config dictionary (`Config.to_dict`); `student_path` is where the student's tokenizer is."""
-    kind = config["teacher"]["kind"]
+    teacher = _of_kind(config["teacher"]["kind"])(config, student_path)
+    if not config["teacher"]["cache_dir"]:
+        return teacher
+    from opd.teachers.cache import CachedTeacher
+
+    return CachedTeacher(teacher, config)
+
+
+def _of_kind(kind: str) -> Any:
     if kind == "arkasr":
         from opd.teachers.arkasr import ArkasrTeacher
 
-        return ArkasrTeacher(config, student_path)
+        return ArkasrTeacher
     if kind == "qwen3_asr":
         from opd.teachers.qwen3_asr import Qwen3AsrTeacher
 
-        return Qwen3AsrTeacher(config, student_path)
+        return Qwen3AsrTeacher
     if kind == "hf":
         from opd.teachers.hf import HfTeacher
 
-        return HfTeacher(config, student_path)
+        return HfTeacher
     raise ValueError(f"teacher.kind={kind}: unknown; there are {', '.join(KINDS)}")

@@ -9,6 +9,7 @@ import inspect
 from abc import ABC, abstractmethod
 from typing import Any
 
+import numpy as np
 import torch
 
 from data.collate import Collator
@@ -16,7 +17,7 @@ from opd.arkasr import ArkasrConfig, load_processor
 from opd.rollout.decode import decode
 from opd.support import candidate_ids, score_support
 from opd.teachers.mapping import MappedRollout, ResponseMapper, control_ids
-from opd.types import DTYPES, Batch, Rollout, TeacherScore
+from opd.types import DTYPES, Batch, Rollout, TeacherScore, TeacherTranscript
 from opd.vocab import blocked_mask
 
 Inputs = dict[str, torch.Tensor]
@@ -60,10 +61,11 @@ class CausalTeacher(ABC):
         """(model, processor). The processor has a `tokenizer`."""
 
     @abstractmethod
-    def prompts(self, utterances: Batch) -> list[tuple[list[int], Inputs]]:
+    def prompts_of(self, utterances: Batch, waveforms: list[np.ndarray]) -> list[tuple[list[int], Inputs]]:
         """Rows and their model inputs: input_ids and attention_mask left-padded, ready for a response to be appended.
 
-        One group where the model masks padded audio; several where rows of other lengths would change a row's result.
+        waveforms are the utterances' audio, float32 [samples] at 16 kHz. One group where the model masks padded audio;
+        several where rows of other lengths would change a row's result.
         """
 
     @abstractmethod
@@ -73,6 +75,10 @@ class CausalTeacher(ABC):
     def end_ids(self) -> list[int]:
         """Ids that end a response; the first is the one that the student's EOS maps to."""
         return [self.tokenizer.eos_token_id]
+
+    def prompts(self, utterances: Batch) -> list[tuple[list[int], Inputs]]:
+        """`prompts_of` utterances whose audio is still to be read; what cannot be read is heard as silence."""
+        return self.prompts_of(utterances, self.collator.collate(utterances)[0])
 
     # -- scoring -----------------------------------------------------------------------------------------------------
 
@@ -165,10 +171,12 @@ class CausalTeacher(ABC):
 
     # -- transcribing ------------------------------------------------------------------------------------------------
 
-    def transcribe(self, utterances: Batch) -> list[str]:
-        """Greedy transcripts, cleaned of control tokens."""
-        texts = [""] * len(utterances)
-        for rows, inputs in self.prompts(utterances):
+    def transcribe(self, utterances: Batch) -> list[TeacherTranscript]:
+        """Greedy transcripts, cleaned of control tokens, in order."""
+        transcripts: dict[int, TeacherTranscript] = {}
+        waveforms, errors = self.collator.collate(utterances)
+        bad = {error.utterance_id: error.reason for error in errors}
+        for rows, inputs in self.prompts_of(utterances, waveforms):
             rollout = decode(
                 self._forward_allowed,
                 inputs,
@@ -176,11 +184,24 @@ class CausalTeacher(ABC):
                 pad_id=self.pad_id,
                 blocked_V=self.blocked_V,
                 max_new_tokens=self.config["rollout"]["max_new_tokens"],
+                max_repeats=self.config["rollout"]["max_repeats"],
                 top_k=1,
             )
-            for row, ids, mask in zip(rows, rollout.response_ids_BT, rollout.response_mask_BT, strict=True):
-                texts[row] = self.read_text(ids[mask].tolist())
-        return texts
+            for index, row in enumerate(rows):
+                transcripts[row] = self._transcript(rollout, index, bad.get(utterances[row].id))
+        return [transcripts[row] for row in range(len(utterances))]
+
+    def _transcript(self, rollout: Rollout, row: int, error: str | None) -> TeacherTranscript:
+        if error is not None:
+            return TeacherTranscript("", 0.0, 0, finished=False, looped=False, error=error)
+        mask_T = rollout.response_mask_BT[row]
+        return TeacherTranscript(
+            text=self.read_text(rollout.response_ids_BT[row][mask_T].tolist()),
+            avg_logprob=float(rollout.logprobs_BT[row][mask_T].mean()),
+            num_tokens=int(mask_T.sum()),
+            finished=bool(rollout.finished_B[row]),
+            looped=int(rollout.loop_start_B[row]) < mask_T.shape[0],
+        )
 
     @property
     def pad_id(self) -> int:

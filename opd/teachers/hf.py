@@ -47,18 +47,17 @@ class HfTeacher(CausalTeacher):
             )
         return list(dict.fromkeys([own, *ends] if own in ends or not ends else ends))
 
-    def prompts(self, utterances: Batch) -> list[tuple[list[int], Inputs]]:
+    def prompts_of(self, utterances: Batch, waveforms: list[np.ndarray]) -> list[tuple[list[int], Inputs]]:
         """Groups of rows with audio of one shape: not every model masks padded frames."""
-        rows = self.prompt_rows(utterances)
+        rows = self.prompt_rows(utterances, waveforms)
         groups: dict[Any, list[int]] = {}
         for index, row in enumerate(rows):
             shapes = tuple(tensor.shape for name, tensor in sorted(row.items()) if name not in LEFT_PADDED)
             groups.setdefault(shapes, []).append(index)
         return [(members, self.join([rows[i] for i in members])) for members in groups.values()]
 
-    def prompt_rows(self, utterances: Batch) -> list[Inputs]:
+    def prompt_rows(self, utterances: Batch, waveforms: list[np.ndarray]) -> list[Inputs]:
         """The model inputs of each prompt by itself."""
-        waveforms, _ = self.collator.collate(utterances)
         spoken = [language_of(u, self.section, self.languages) if self.languages else None for u in utterances]
         rows = [self.prompt_row(clip, language) for clip, language in zip(waveforms, spoken, strict=True)]
         return [{name: tensor for name, tensor in row.items() if name in self.taken} for row in rows]

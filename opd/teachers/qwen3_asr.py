@@ -30,9 +30,9 @@ class Qwen3AsrTeacher(HfTeacher):
         own = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
         return [own, *(index for index in ends if index != own)]
 
-    def prompts(self, utterances: Batch) -> list[tuple[list[int], Inputs]]:
+    def prompts_of(self, utterances: Batch, waveforms: list[np.ndarray]) -> list[tuple[list[int], Inputs]]:
         """One group: the encoder masks padded frames."""
-        rows = self.prompt_rows(utterances)
+        rows = self.prompt_rows(utterances, waveforms)
         if self.section["language"] == "auto":
             self._add_detected(rows)
         return [(list(range(len(rows))), self.join(rows))]

@@ -7,12 +7,14 @@ environment than the driver, one without verl and the rest of the training stack
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import torch
 
 from opd.teachers.base import make_teacher
-from opd.types import Batch
+from opd.teachers.merging import merge_scores
+from opd.types import Batch, TeacherTranscript
 
 Tensors = dict[str, torch.Tensor]
 
@@ -45,21 +47,10 @@ class TeacherWorker:
         """Scores of some rows each -> the score of all rows in their order."""
         return merge_scores(rows, list(scores))
 
-    def transcribe(self, utterances: Batch) -> list[str]:
+    def transcribe(self, utterances: Batch) -> list[TeacherTranscript]:
         """The teacher's own greedy transcripts."""
         return self.teacher.transcribe(utterances)
 
-
-def merge_scores(rows: list[list[int]], scores: list[Tensors]) -> Tensors:
-    """`TeacherScore` dictionaries of disjoint rows as one. A teacher with a small vocabulary may have a smaller top-k."""
-    merged: Tensors = {}
-    for name in scores[0]:
-        parts = [score[name] for score in scores]
-        shape = [sum(map(len, rows)), *(max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True))]
-        empty = {"topk_ids_BTK": -1, "topk_logprobs_BTK": float("-inf")}.get(name, 0)
-        whole = torch.full(shape, empty, dtype=parts[0].dtype)
-        for members, part in zip(rows, parts, strict=True):
-            place = (torch.tensor(members), *(slice(size) for size in part.shape[1:]))
-            whole[place] = part
-        merged[name] = whole
-    return merged
+    def cpu_seconds(self) -> float:
+        """Processor time of this process so far, all threads."""
+        return time.process_time()

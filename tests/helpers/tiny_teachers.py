@@ -19,6 +19,11 @@ GLM_SPECIAL = ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|begin_of_audio|>
 GLM_PROMPT = "<|user|>\n<|begin_of_audio|>{audio}<|end_of_audio|><|user|>\nTranscribe this {language}<|assistant|>\n"
 
 
+def texts_of(teacher: Any, utterances: list[Any]) -> list[str]:
+    """What a teacher transcribes, without the numbers beside it."""
+    return [transcript.text for transcript in teacher.transcribe(utterances)]
+
+
 def train_tokenizer(corpus: list[str], vocab_size: int, special: list[str], **options: Any) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with its special tokens first, so that its bytes have other ids than the student's."""
     tokenizer = Tokenizer(models.BPE())

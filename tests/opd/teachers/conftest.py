@@ -36,13 +36,13 @@ def make_config(glm_dir: Path) -> Callable[..., dict[str, Any]]:
         paths = {"arkasr": ARKASR, "qwen3_asr": QWEN3_ASR, "hf": glm_dir}
         section = {
             "kind": kind, "path": str(paths[kind]), "dtype": "float32", "attn_implementation": "sdpa",
-            "language": "manifest", "prompt": {"text": GLM_PROMPT} if kind == "hf" else {}, "routes": {},
+            "language": "manifest", "prompt": {"text": GLM_PROMPT} if kind == "hf" else {}, "routes": {}, "cache_dir": None,
         }  # fmt: skip
         return {
             "teacher": section | teacher,
             "cluster": {"use_gpu": False, "threads_per_teacher": 1},
             "data": {"max_seconds": 30.0},
-            "rollout": {"max_new_tokens": 12},
+            "rollout": {"max_new_tokens": 12, "max_repeats": 8, "source": "student"},
             "loss": {"kind": "forward_kl", "top_k": 8, "temperature": 1.0, "support": "union"} | (loss or {}),
         }
 

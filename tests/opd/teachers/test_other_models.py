@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_teachers import STUDENT, make_qwen2_audio, make_voxtral
+from tiny_teachers import STUDENT, make_qwen2_audio, make_voxtral, texts_of
 
 from data.audio import load_audio
 from data.manifest import read_manifest
@@ -71,4 +71,4 @@ def test_a_score_equals_a_direct_forward(
             found = score["full_logprobs_BTV"][row, position, pair]
             expected = logits_TV[position, teacher.token_map.student_to_teacher[pair]]
             assert (found[0] - found[1]).item() == pytest.approx((expected[0] - expected[1]).item(), abs=1e-4)
-    assert teacher.transcribe(utterances) == [teacher.transcribe([u])[0] for u in utterances]
+    assert texts_of(teacher, utterances) == [texts_of(teacher, [u])[0] for u in utterances]

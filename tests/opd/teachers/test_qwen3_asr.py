@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_teachers import QWEN3_ASR, STUDENT
+from tiny_teachers import QWEN3_ASR, STUDENT, texts_of
 
 from data.audio import load_audio
 from data.manifest import read_manifest
@@ -65,9 +65,9 @@ def test_auto_asks_the_teacher_itself(make_config: Callable, utterances: Batch) 
     assert expected.keys() == found.keys()
     for name, value in expected.items():
         assert torch.equal(value, found[name]), name
-    assert asked.transcribe(unknown) == told.transcribe(utterances[:5])
+    assert texts_of(asked, unknown) == texts_of(told, utterances[:5])
     fixed = make_teacher(make_config("qwen3_asr", language="en"), str(STUDENT))
-    assert fixed.transcribe(unknown) == told.transcribe(utterances[:5])
+    assert texts_of(fixed, unknown) == texts_of(told, utterances[:5])
 
 
 def test_without_a_tag_of_its_own_it_is_told_that_nobody_speaks(
@@ -87,12 +87,12 @@ def test_without_a_tag_of_its_own_it_is_told_that_nobody_speaks(
 
 def test_the_seed_writes_what_is_said(make_config: Callable, utterances: Batch) -> None:
     teacher = make_teacher(make_config("qwen3_asr"), str(STUDENT))
-    texts = teacher.transcribe(utterances)
+    texts = texts_of(teacher, utterances)
     right = sum(text == utterance.text for text, utterance in zip(texts, utterances, strict=True))
     assert right >= 9, list(zip(texts, [u.text for u in utterances], strict=True))
     assert teacher.facts()["vocab_coverage"] > 0.85
     half = make_teacher(make_config("qwen3_asr", dtype="bfloat16"), str(STUDENT))
-    assert sum(a == b for a, b in zip(half.transcribe(utterances), texts, strict=True)) >= 10
+    assert sum(a == b for a, b in zip(texts_of(half, utterances), texts, strict=True)) >= 10
 
 
 def test_what_ends_a_response_is_one_token(make_config: Callable) -> None:

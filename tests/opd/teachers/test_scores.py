@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_teachers import STUDENT, permute_vocabulary
+from tiny_teachers import STUDENT, permute_vocabulary, texts_of
 
 from data.audio import load_audio
 from data.manifest import read_manifest
@@ -145,7 +145,7 @@ def test_a_batch_gives_what_each_row_gives_alone(
         for name, value in alone.items():
             length = len(rows[row])
             torch.testing.assert_close(value[0, :length], together[name][row, :length], rtol=0, atol=1e-4)
-    assert teacher.transcribe(utterances) == [teacher.transcribe([utterance])[0] for utterance in utterances]
+    assert texts_of(teacher, utterances) == [texts_of(teacher, [utterance])[0] for utterance in utterances]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -286,4 +286,4 @@ def test_rows_of_other_audio_shapes_go_by_themselves(make_config: Callable, spee
     batch = [short[0], long, short[1]]
     teacher = make_teacher(make_config("hf"), str(STUDENT))
     assert sorted(rows for rows, _ in teacher.prompts(batch)) == [[0, 2], [1]]
-    assert teacher.transcribe(batch) == [teacher.transcribe([u])[0] for u in batch]
+    assert texts_of(teacher, batch) == [texts_of(teacher, [u])[0] for u in batch]

@@ -11,7 +11,8 @@ from tiny_teachers import STUDENT
 from data.manifest import read_manifest
 from opd.arkasr import load_processor
 from opd.rollout.decode import decode
-from opd.teachers.worker import TeacherWorker, merge_scores
+from opd.teachers.merging import merge_scores
+from opd.teachers.worker import TeacherWorker
 from opd.types import TeacherScore
 from opd.vocab import blocked_mask
 

@@ -1,0 +1,46 @@
+"""The teacher gate: where there are references, utterances that the teacher itself gets wrong are not distilled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from opd.evaluate import utterance_errors
+from opd.types import Batch, TeacherTranscript, Utterance
+
+
+class TeacherGate:
+    """Lets utterances pass whose teacher transcript has a WER of at most `max_wer`, and those without a reference.
+
+    transcribe   the teachers' transcripts of a batch, in order
+    num_checked, num_left_out   utterances with a reference that were looked at, each once, and those left out
+    """
+
+    def __init__(
+        self, max_wer: float, transcribe: Callable[[Batch], list[TeacherTranscript]], normaliser: str = "auto"
+    ) -> None:
+        self.max_wer = max_wer
+        self.transcribe = transcribe
+        self.normaliser = normaliser
+        self._passes: dict[str, bool] = {}
+
+    @property
+    def num_checked(self) -> int:
+        return len(self._passes)
+
+    @property
+    def num_left_out(self) -> int:
+        return sum(not passes for passes in self._passes.values())
+
+    def accept(self, utterances: Batch) -> Batch:
+        """The utterances that pass, in order."""
+        new = [u for u in utterances if u.text is not None and u.id not in self._passes]
+        if new:
+            for utterance, transcript in zip(new, self.transcribe(new), strict=True):
+                self._passes[utterance.id] = self._wer(utterance, transcript) <= self.max_wer
+        return [u for u in utterances if self._passes.get(u.id, True)]
+
+    def _wer(self, utterance: Utterance, transcript: TeacherTranscript) -> float:
+        if transcript.error is not None:
+            return 0.0  # nothing was heard: what becomes of bad audio is data.on_bad_audio's
+        errors = utterance_errors(str(utterance.text), transcript.text, utterance.language, self.normaliser)
+        return errors.wer_errors / max(1, errors.ref_words)

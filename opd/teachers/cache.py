@@ -1,0 +1,199 @@
+"""What a teacher wrote and how it scored fixed texts, on disk: the next run with the same teacher and audio reads it.
+
+One small file per utterance, written beside its place and renamed, so that any number of workers, runs and machines may
+share the folder. A name is the digest of all that the result depends on: the teacher's weights, its prompt and number
+type, the audio (path, segment, size and time of change), the text's ids and what of the score is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from opd.support import NUM_EXTRA
+from opd.teachers.base import Teacher
+from opd.teachers.merging import EMPTY, merge_scores
+from opd.types import Batch, Rollout, TeacherTranscript
+
+Tensors = dict[str, torch.Tensor]
+VERSION = 1  # of what is stored; raise it when scores or transcripts of the same inputs change
+WHOLE_BELOW = 64 << 20  # bytes; of larger weight files both ends and the size are read
+END = 1 << 20
+
+
+class CachedTeacher:
+    """A `Teacher` that looks into a folder first. `hits` and `misses` count utterances.
+
+    A score can be kept where it depends on the teacher and the text alone: `rollout.source=manifest` (fixed texts) with
+    `loss.support=teacher`. Under the union it also has the teacher's view of the student's top-k, which every step changes.
+    """
+
+    def __init__(self, teacher: Teacher, config: dict[str, Any]) -> None:
+        section, loss, rollout = config["teacher"], config["loss"], config["rollout"]
+        self.teacher = teacher
+        self.folder = Path(section["cache_dir"]).expanduser()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.keeps_scores = (
+            rollout["source"] == "manifest" and loss["support"] == "teacher" and loss["kind"] != "full_kl"
+        )
+        told = {name: section[name] for name in ("kind", "language", "prompt", "dtype")}
+        self.identity = [VERSION, fingerprint(section["path"]), told, config["data"]["max_seconds"]]
+        self.decoding = {name: rollout[name] for name in ("max_new_tokens", "max_repeats")}
+        self.scoring = {name: loss[name] for name in ("top_k", "temperature")}
+        self.hits = self.misses = 0
+
+    def facts(self) -> dict[str, Any]:
+        return self.teacher.facts()
+
+    # -- transcripts -------------------------------------------------------------------------------------------------
+
+    def transcribe(self, utterances: Batch) -> list[TeacherTranscript]:
+        """The kept transcripts, and the teacher's of the others, which are kept then. Bad audio is not kept."""
+        paths = [self._path("transcript", utterance, self.decoding, ".json") for utterance in utterances]
+        found = {row: self._read_transcript(path) for row, path in enumerate(paths) if path.exists()}
+        missing = [row for row in range(len(utterances)) if row not in found]
+        self._count(len(found), len(missing))
+        if missing:
+            written = self.teacher.transcribe([utterances[row] for row in missing])
+            for row, transcript in zip(missing, written, strict=True):
+                found[row] = transcript
+                if transcript.error is None:
+                    _replace(paths[row], lambda temp, one=transcript: temp.write_text(json.dumps(asdict(one))))
+        return [found[row] for row in range(len(utterances))]
+
+    @staticmethod
+    def _read_transcript(path: Path) -> TeacherTranscript:
+        return TeacherTranscript(**json.loads(path.read_text(encoding="utf-8")))
+
+    # -- scores ------------------------------------------------------------------------------------------------------
+
+    def score(self, utterances: Batch, rollout: Tensors) -> Tensors:
+        return self.score_and_count(utterances, rollout)[0]
+
+    def score_and_count(self, utterances: Batch, rollout: Tensors) -> tuple[Tensors, dict[str, int]]:
+        """As the teacher's own; of a kept score, the columns of the student's top-k say nothing (-inf)."""
+        if not self.keeps_scores:
+            return self.teacher.score_and_count(utterances, rollout)
+        written = Rollout.from_dict(rollout)
+        lengths = written.response_mask_BT.sum(1).tolist()
+        ids = [row[:length] for row, length in zip(written.response_ids_BT.tolist(), lengths, strict=True)]
+        paths = [
+            self._path("score", utterance, [self.scoring, row], ".safetensors")
+            for utterance, row in zip(utterances, ids, strict=True)
+        ]
+        missing = [row for row, path in enumerate(paths) if not path.exists()]
+        self._count(len(paths) - len(missing), len(missing))
+        if missing:
+            part = {name: tensor[missing] for name, tensor in rollout.items()}
+            scored = self.teacher.score_and_count([utterances[row] for row in missing], part)[0]
+            retokenised = self._retokenised([utterances[row] for row in missing], part)
+            for index, row in enumerate(missing):
+                _keep_score(paths[row], scored, index, lengths[row], retokenised[index])
+        kept = [_read_score(path) for path in paths]
+        merged = merge_scores([[row] for row in range(len(paths))], [tensors for tensors, _ in kept])
+        merged = self._widened(merged, written)
+        counts = {
+            "positions": sum(lengths),
+            "aligned": int(merged["aligned_mask_BT"].sum()),
+            "responses": sum(length > 0 for length in lengths),
+            "retokenised": sum(retokenised for _, retokenised in kept),
+        }
+        return merged, counts
+
+    def _retokenised(self, utterances: Batch, rollout: Tensors) -> list[int]:
+        """1 for each response that did not map id for id."""
+        mapper = getattr(self.teacher, "mapper", None)
+        rows = zip(rollout["response_ids_BT"].tolist(), rollout["response_mask_BT"].sum(1).tolist(), strict=True)
+        return [int(mapper is not None and mapper.map_response(ids[:n]).retokenised) if n else 0 for ids, n in rows]
+
+    def _widened(self, merged: Tensors, written: Rollout) -> Tensors:
+        """The stored fields at the shape of this rollout: T positions, C = K + 2 candidates."""
+        length = written.response_ids_BT.shape[1]
+        extra = merged["candidate_logprobs_BTC"]
+        topk = torch.full((*extra.shape[:2], written.topk_ids_BTK.shape[2]), float("-inf"), dtype=extra.dtype)
+        merged = merged | {"candidate_logprobs_BTC": torch.cat([topk, extra], dim=2)}
+        return {name: _lengthened(tensor, length, EMPTY.get(name, 0)) for name, tensor in merged.items()}
+
+    # -- names -------------------------------------------------------------------------------------------------------
+
+    def _path(self, what: str, utterance: Any, asked: Any, suffix: str) -> Path:
+        parts = [what, self.identity, _audio_identity(utterance), utterance.language, asked]
+        digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+        return self.folder / what / digest[:2] / f"{digest}{suffix}"
+
+    def _count(self, hits: int, misses: int) -> None:
+        self.hits += hits
+        self.misses += misses
+
+
+def fingerprint(path: str) -> str:
+    """Digest of a model folder's files; of a Hub id, of the snapshot that was loaded."""
+    folder = Path(path)
+    if not folder.is_dir():
+        config = try_to_load_from_cache(path, "config.json")
+        if not isinstance(config, str):
+            return f"hub:{path}"
+        folder = Path(config).parent
+    digest = hashlib.sha256()
+    for file in sorted(entry for entry in folder.iterdir() if entry.is_file()):
+        if file.suffix not in (".md", ".py"):
+            digest.update(f"{file.name}:{file.stat().st_size}\n".encode())
+            for block in _blocks(file):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _blocks(file: Path) -> Iterable[bytes]:
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        if size <= WHOLE_BELOW:
+            yield stream.read()
+        else:
+            yield stream.read(END)
+            stream.seek(-END, os.SEEK_END)
+            yield stream.read(END)
+
+
+def _audio_identity(utterance: Any) -> list[Any]:
+    try:
+        stat = os.stat(utterance.audio)
+        changed = [stat.st_size, stat.st_mtime_ns]
+    except OSError:
+        changed = []
+    return [os.path.abspath(utterance.audio), utterance.begin_time, utterance.end_time, *changed]
+
+
+def _keep_score(path: Path, scored: Tensors, index: int, length: int, retokenised: int) -> None:
+    """One row of a score, cut to its response and without the columns of the student's top-k."""
+    row = {name: tensor[index : index + 1, :length].contiguous() for name, tensor in scored.items()}
+    row["candidate_logprobs_BTC"] = row["candidate_logprobs_BTC"][:, :, -NUM_EXTRA:].contiguous()
+    _replace(path, lambda temp: save_file(row, temp, metadata={"retokenised": str(retokenised)}))
+
+
+def _read_score(path: Path) -> tuple[Tensors, int]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, int(file.metadata()["retokenised"])  # noqa: SIM118
+
+
+def _lengthened(tensor: torch.Tensor, length: int, fill: float) -> torch.Tensor:
+    """A (B, T, ...) tensor with `length` positions."""
+    widths = [0, 0] * (tensor.dim() - 2) + [0, length - tensor.shape[1]]
+    return torch.nn.functional.pad(tensor, widths, value=fill)
+
+
+def _replace(path: Path, write: Any) -> None:
+    """Writes a file so that a reader sees all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temp = path.with_name(f".{path.name}.{os.getpid()}")
+    write(temp)
+    os.replace(temp, path)
