@@ -29,18 +29,23 @@ from opd.validate import STAGES
 def stage_configs(config: Config) -> list[tuple[str, Config]]:
     """(name, config of its run) of each stage, in order.
 
-    Raises ValueError for a stage without a kind, names that stand twice, and `ladder` keys of no stage.
+    Raises ValueError for a stage without a kind, names that stand twice, and `ladder` names that are no stage.
     """
     if len(set(config.stages)) < len(config.stages):
         raise ValueError(
             f"stages={config.stages}: a name stands twice; give the second another name, and its kind in ladder"
         )
-    if unknown := sorted(config.ladder.keys() - set(config.stages)):
-        raise ValueError(f"ladder.{unknown[0]}: there is no such stage; stages are {', '.join(config.stages)}")
+    for name, changes in config.ladder.items():
+        # A stage that is described but not asked for is fine: `stages` may be cut short on the command line.
+        if name not in (*config.stages, *STAGES) and not (isinstance(changes, dict) and "stage" in changes):
+            raise ValueError(f"ladder.{name}: there is no such stage; stages are {', '.join(config.stages)}")
     base = dataclasses.replace(config, stages=[], ladder={})
     found: list[tuple[str, Config]] = []
     for name in config.stages:
-        changes = dict(config.ladder.get(name) or {})
+        changes = config.ladder.get(name) or {}
+        if not isinstance(changes, dict):
+            raise ValueError(f"ladder.{name}: must be a mapping of sections and keys, not {changes!r}")
+        changes = dict(changes)
         kind = changes.setdefault("stage", name)
         if kind not in STAGES:
             raise ValueError(

@@ -48,7 +48,7 @@ def test_overrides_win_over_the_recipe() -> None:
         (["recipe=tiny", "student.freeze=[mouth]"], "encoder, adapter, decoder"),
         (["recipe=tiny", "student.freeze=[encoder,adapter,decoder]"], "nothing is left to train"),
         (["recipe=tiny", "teacher.path=null"], "teacher.path is missing"),
-        (["recipe=tiny", "stages=[sft,opd]"], "one stage at a time"),
+        (["recipe=tiny", "stages=[sft,sft]"], "a name stands twice"),
         (["recipe=tiny", "eval.best_by=other"], "not in data.eval_manifests"),
         (["recipe=tiny", "data.max_bad_share=2"], "between 0 and 1"),
     ],

@@ -1,0 +1,98 @@
+"""Kept transcripts and scores are those of the teacher, and are found again by the same teacher, audio and text only."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_teachers import ARKASR, STUDENT
+
+from data.manifest import read_manifest
+from opd.arkasr import load_model, load_processor
+from opd.rollout.forced import forced
+from opd.support import NUM_EXTRA
+from opd.teachers import make_teacher
+from opd.teachers.cache import CachedTeacher, fingerprint
+from opd.types import Batch
+from opd.vocab import blocked_mask
+
+
+@pytest.fixture
+def utterances(speech: dict[str, Path]) -> Batch:
+    return read_manifest(speech["eval"])[:4]
+
+
+def test_transcripts_are_kept(make_config: Callable, utterances: Batch, tmp_path: Path) -> None:
+    config = make_config("arkasr", cache_dir=str(tmp_path / "kept"))
+    plain = make_teacher(make_config("arkasr"), str(STUDENT))
+    first, second = (make_teacher(config, str(STUDENT)) for _ in range(2))
+    assert isinstance(second, CachedTeacher)
+    missing = dataclasses.replace(utterances[0], id="missing", audio=str(tmp_path / "missing.wav"))
+    batch = [*utterances[:3], missing]
+    written = first.transcribe(batch)
+    assert [t.text for t in written] == [t.text for t in plain.transcribe(batch)]
+    assert written[3].error is not None
+    assert all(t.finished and not t.looped and t.avg_logprob < 0 and t.num_tokens > 1 for t in written[:3])
+    again = second.transcribe([utterances[3], *batch])
+    assert again[1:4] == written[:3]
+    assert (second.hits, second.misses) == (3, 2), "bad audio is looked at again"
+    # Another prompt, another segment or a changed file is another utterance.
+    other = make_teacher(config | {"rollout": config["rollout"] | {"max_new_tokens": 2}}, str(STUDENT))
+    assert not any(t.finished for t in other.transcribe(utterances[:1]))
+    second.transcribe([dataclasses.replace(utterances[0], end_time=0.5)])
+    assert (second.hits, second.misses) == (3, 3)
+
+
+def test_scores_of_fixed_texts_are_kept(make_config: Callable, utterances: Batch, tmp_path: Path) -> None:
+    config = make_config("arkasr", cache_dir=str(tmp_path), loss={"support": "teacher"})
+    config["rollout"]["source"] = "manifest"
+    processor, student = load_processor(STUDENT), load_model(STUDENT)
+    tokenizer = processor.tokenizer
+    rows = [[*tokenizer(str(u.text))["input_ids"], tokenizer.eos_token_id] for u in utterances]
+    plain = make_teacher(config | {"teacher": config["teacher"] | {"cache_dir": None}}, str(STUDENT))
+    kept = make_teacher(config, str(STUDENT))
+    inputs = plain.prompts(utterances)[0][1]
+    rollout = forced(
+        student, inputs, rows, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
+        blocked_V=blocked_mask([], student.config.vocab_size), top_k=8,
+    ).to_dict()  # fmt: skip
+    expected, counts = plain.score_and_count(utterances, rollout)
+    two = [1, 3]
+    kept.score([utterances[i] for i in two], {name: tensor[two] for name, tensor in rollout.items()})
+    for found, found_counts in (kept.score_and_count(utterances, rollout) for _ in range(2)):
+        assert found_counts == counts
+        assert found.keys() == expected.keys()
+        mask_BT = rollout["response_mask_BT"]
+        for name, value in found.items():
+            assert value.shape == expected[name].shape, name
+            wanted = expected[name]
+            if name == "candidate_logprobs_BTC":  # the student's top-k is no part of a kept score
+                value, wanted = value[..., -NUM_EXTRA:], wanted[..., -NUM_EXTRA:]
+            torch.testing.assert_close(value[mask_BT], wanted[mask_BT], rtol=0, atol=1e-4)
+    assert (kept.hits, kept.misses) == (2 + 4, 2 + 2)
+    changed = dict(rollout) | {"response_ids_BT": rollout["response_ids_BT"].clone()}
+    changed["response_ids_BT"][0, 0] += 1
+    kept.score(utterances, changed)
+    assert (kept.hits, kept.misses) == (6 + 3, 4 + 1), "another text is another score"
+
+
+def test_under_the_union_nothing_is_kept(make_config: Callable, tmp_path: Path) -> None:
+    config = make_config("arkasr", cache_dir=str(tmp_path))
+    config["rollout"]["source"] = "manifest"
+    assert not make_teacher(config, str(STUDENT)).keeps_scores
+
+
+def test_a_fingerprint_is_of_the_weights_not_of_the_place(tmp_path: Path) -> None:
+    copy = shutil.copytree(ARKASR, tmp_path / "copy")
+    assert fingerprint(str(copy)) == fingerprint(str(ARKASR))
+    weights = load_file(copy / "model.safetensors")
+    name = sorted(weights)[0]
+    weights[name] = weights[name] + 1
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    assert fingerprint(str(copy)) != fingerprint(str(ARKASR))
+    assert fingerprint("owner/not-here") == "hub:owner/not-here"
