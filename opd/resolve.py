@@ -33,9 +33,10 @@ def resolve(config: Config) -> Config:
     if data.train_manifest.startswith(STAGE_PREFIX):
         data = dataclasses.replace(data, train_manifest=_stage_manifest(data.train_manifest, run_dir))
     names = [data.train_manifest, *data.eval_manifests.values()]
-    manifests = resolve_manifests(names)
+    manifests = resolve_manifests(names, recordings=data.recordings, held_out_speakers=data.held_out_speakers)
     data = dataclasses.replace(
         data,
+        recordings=data.recordings and resolve_path(data.recordings),
         train_manifest=manifests[data.train_manifest],
         eval_manifests={name: manifests[path] for name, path in data.eval_manifests.items()},
     )
@@ -101,7 +102,11 @@ def _make_recorded(names: list[str], recordings: str | None, held_out_speakers: 
             raise ValueError(f"{name}: there is no such set of recordings; there are {', '.join(RECORDING_SETS)}")
     if not recordings:
         raise ValueError(f"{names[0]}: set data.recordings to the folder or tar file with the recordings")
-    made = ensure_recordings(resolve_path(recordings), held_out_speakers)
+    try:
+        made = ensure_recordings(resolve_path(recordings), held_out_speakers)
+    except ValueError as error:
+        keys = f"data.recordings={recordings} data.held_out_speakers=[{','.join(held_out_speakers)}]"
+        raise ValueError(f"{keys}: {error}") from error
     return {name: made[set_name] for name, set_name in asked.items()}
 
 

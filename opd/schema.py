@@ -71,8 +71,12 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    train_manifest: str = key("???", "JSONL manifest, or synthetic:NAME for a set of synthetic digit strings")
+    train_manifest: str = key("???", "JSONL manifest, or synthetic:NAME or recordings:NAME for a set that is made here")
     eval_manifests: dict[str, str] = key({}, "name -> manifest of each evaluation set (references needed)")
+    recordings: str | None = key(
+        None, "folder or tar with {digit}_{speaker}_{index}.wav, which the sets recordings:NAME are made of"
+    )
+    held_out_speakers: list[str] = key([], "recordings:NAME: speakers that no training set has, only held_out_speakers")
     default_language: str | None = key(None, "language of lines that carry none")
     max_seconds: float = key(30.0, "longest audio; longer is bad audio, never cut silently")
     on_bad_audio: str = key("stop", "unreadable, too short or too long audio: stop | skip")

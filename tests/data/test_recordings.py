@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import tarfile
@@ -18,7 +19,8 @@ from data.espeak import synthesise
 from data.manifest import read_manifest
 from data.recordings import RECORDING_SETS, RecordingSet, build_digit_strings, ensure_recordings
 from data.synthetic import DIGITS
-from opd.resolve import resolve_manifests
+from opd.config import load_config
+from opd.resolve import resolve, resolve_manifests
 
 TINY = {
     "labelled": RecordingSet("training", 12, seed=1, augmented=True),
@@ -204,6 +206,31 @@ def test_names_of_recipes_are_resolved(spoken: Path, tiny_home: Path) -> None:
         resolve_manifests(["recordings:x"], recordings=str(spoken), held_out_speakers=["bert"])
     with pytest.raises(ValueError, match="recordings:labelled: set data.recordings to the folder or tar file"):
         resolve_manifests(["recordings:labelled"])
+    with pytest.raises(
+        ValueError, match=r"data.recordings=.* data.held_out_speakers=\[\]: .*hold out some of anna, bert"
+    ):
+        resolve_manifests(["recordings:labelled"], recordings=str(spoken))
+
+
+def test_a_recipe_names_the_recordings(spoken: Path, tiny_home: Path) -> None:
+    config = load_config(
+        [
+            "recipe=tiny",
+            "data.train_manifest=recordings:unlabelled",
+            "data.eval_manifests.seen_voices=recordings:seen_speakers",
+            "data.eval_manifests.unseen_voices=recordings:held_out_speakers",
+            f"data.recordings={spoken}",
+            "data.held_out_speakers=[bert,anna]",
+        ]
+    )
+    data = resolve(config).data
+    unlabelled = read_manifest(data.train_manifest)
+    assert {u.extra["speaker"] for u in unlabelled} == {"van_dyk"}
+    assert not any(u.text for u in unlabelled)
+    speakers = {name: {u.extra["speaker"] for u in read_manifest(path)} for name, path in data.eval_manifests.items()}
+    assert speakers == {"seen_voices": {"van_dyk"}, "unseen_voices": {"anna", "bert"}}
+    with pytest.raises(ValueError, match=r"data.held_out_speakers=\[nobody\]: held-out speakers nobody: not in"):
+        resolve(dataclasses.replace(config, data=dataclasses.replace(config.data, held_out_speakers=["nobody"])))
 
 
 def _without_digit(folder: Path) -> None:
