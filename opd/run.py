@@ -18,7 +18,9 @@ from opd.gate import TeacherGate
 from opd.hub import check_push, push
 from opd.metrics import MetricsLog, PhaseTimer
 from opd.resolve import in_ray_job, resolve
+from opd.schedule import RolloutLine, ScoredRollout
 from opd.schema import FROZEN_KEYS, Config
+from opd.seed import fresh_student
 from opd.step_metrics import opd_metrics, sft_metrics
 from opd.teacher_data import TeacherData
 from opd.teachers.environment import check_environments
@@ -46,6 +48,7 @@ class Run:
         self.history: dict[str, Any] = {}
         self.workers = Workers(config, run_dir.path, self.timer, self.state["cpu_seconds"])
         self.gate: TeacherGate | None = None
+        self.line = RolloutLine(config)
         with self.timer("data"):
             self._read_data()
         if self.step:
@@ -175,15 +178,7 @@ class Run:
         student = self.config.student
         if student.path:
             return student.path
-        path = self.dir.path / "init"
-        if not (path / "config.json").is_file():
-            from opd.seed import create_seed
-
-            sizes = dict(student.init)
-            vocab_size = int(sizes.pop("vocab_size"))
-            corpus = [u.text for u in self.utterances if u.text]
-            create_seed(path, sizes=sizes, corpus=corpus, vocab_size=vocab_size, seed=self.config.seed)
-        return str(path)
+        return fresh_student(self.dir.path / "init", student.init, self.utterances, self.config.seed)
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -208,10 +203,12 @@ class Run:
     def _draw(self, size: int) -> Batch:
         return [self.utterances[index] for index in self.sampler.next_batch(size)]
 
-    def log_opd(self, step: int, batch: Batch, rollout: Any, sums: dict[str, float], coverage: float) -> None:
+    def log_opd(self, step: int, scored: ScoredRollout, sums: dict[str, float]) -> None:
         """Metrics of an OPD step, from sums over all ranks."""
         self.step = step
-        metrics = opd_metrics(sums, rollout.sums, len(batch), coverage)
+        batch, rollout = scored.batch, scored.rollout
+        metrics = opd_metrics(sums, rollout.sums, len(batch), scored.coverage)
+        metrics["rollout/staleness"] = scored.staleness
         if self.gate is not None:
             metrics["gate/left_out_share"] = self.gate.num_left_out / max(1, self.gate.num_checked)
         bad_ids = self.bad_audio.note(step, rollout.bad, len(batch))

@@ -199,7 +199,9 @@ class Config:
     run_dir: str | None = key(None, "where everything of this run goes; default runs/<recipe>-<time>")
     resume: str = key("auto", "auto: go on from the newest complete checkpoint | never")
     seed: int = key(0, "seed of everything random")
-    schedule: str = key("sync", "rollout, score and update follow each other: sync")
+    schedule: str = key(
+        "sync", "sync: rollout, score, update | one_step_off: the next rollout is scored while this one trains"
+    )
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -233,7 +235,7 @@ class Config:
 # What may not change between a run and its continuation: everything that shapes the weights. Where the run is written,
 # how it is watched and how long it goes on may change.
 FROZEN_KEYS = [
-    "recipe", "stage", "seed", "engine", "student", "teacher.kind", "teacher.path",
+    "recipe", "stage", "schedule", "seed", "engine", "student", "teacher.kind", "teacher.path",
     "teacher.language", "teacher.prompt", "teacher.routes", "teacher.gate_max_wer", "data.train_manifest",
     "data.sorted_epochs", "td", "rollout", "loss", "optim", "train.batch_size", "train.micro_batch_size", "train.num_steps",
     "cluster.num_nodes", "cluster.ranks_per_node", "eval.normaliser",

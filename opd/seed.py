@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor
 from opd.arkasr import ArkasrConfig, ArkasrForConditionalGeneration, ArkasrProcessor
 from opd.arkasr.processing_arkasr import DEFAULT_INSTRUCTION, END_TURN, EXTRA_SPECIAL_TOKENS
 from opd.export import save_arkasr
+from opd.types import Utterance
 
 PAD_TOKEN, AUDIO_TOKEN = "<|endoftext|>", "<|audio|>"
 NUM_BYTES = 256
@@ -53,6 +54,17 @@ def create_seed(
         torch.manual_seed(seed)
         model = ArkasrForConditionalGeneration(config)
     return save_arkasr(model.state_dict(), config, processor, out_dir, dtype=torch.float32, with_code=False)
+
+
+def fresh_student(folder: Path, init: Mapping[str, Any], utterances: Sequence[Utterance], seed: int) -> str:
+    """The folder of `create_seed` for `student.init`, made where it is missing; the tokenizer is trained on the texts."""
+    if not (folder / "config.json").is_file():
+        sizes = dict(init)
+        vocab_size = int(sizes.pop("vocab_size"))
+        create_seed(
+            folder, sizes=sizes, corpus=[u.text for u in utterances if u.text], vocab_size=vocab_size, seed=seed
+        )
+    return str(folder)
 
 
 def train_tokenizer(corpus: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:

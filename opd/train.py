@@ -31,16 +31,20 @@ def train(config: Config) -> dict:
         run.evaluate_before()
 
         for step in range(run.step + 1, config.train.num_steps + 1):
-            batch = run.next_batch()  # list of Utterance records
             if config.stage == "opd":
-                with run.timer("rollout"):
-                    rollout = run.student.generate(batch, step)
+                while run.line.wants_rollout(step):  # one; with one_step_off the next one too, before this one trains
+                    batch = run.next_batch()  # list of Utterance records
+                    number = run.line.rollout_step(step)
+                    with run.timer("rollout"):
+                        rollout = run.student.generate(batch, number)
+                    run.line.add(step, batch, rollout, run.teacher.start_score(rollout.shards, rollout.refs, number))
                 with run.timer("teacher"):
-                    scores, coverage = run.teacher.score(rollout.shards, rollout.refs, step)
+                    scored = run.line.take(step)
                 with run.timer("update"):
-                    sums = run.student.update(rollout, scores, step)
-                run.log_opd(step, batch, rollout, sums, coverage)
+                    sums = run.student.update(scored.rollout, scored.scores, step)
+                run.log_opd(step, scored, sums)
             else:
+                batch = run.next_batch()
                 with run.timer("update"):
                     sums = run.student.update_sft(batch, step)
                 run.log_sft(step, sums)

@@ -17,7 +17,7 @@ STAGES = ("sft", "td", "opd")
 PROMPT_FORMS = {"text": str, "chat": list, "transcription": dict}
 _CHOICES = {
     "stage": STAGES, "rollout.source": ("student", "manifest"),
-    "engine": ("fsdp2",), "resume": ("auto", "never"), "schedule": ("sync",),
+    "engine": ("fsdp2",), "resume": ("auto", "never"), "schedule": ("sync", "one_step_off"),
     "student.dtype": DTYPES[:2], "teacher.kind": TEACHER_KINDS, "teacher.dtype": DTYPES, "export.dtype": DTYPES,
     "data.on_bad_audio": ("stop", "skip"), "loss.support": ("union", "student", "teacher"),
     "loss.kind": ("forward_kl", "reverse_kl", "jsd", "sampled_kl", "full_kl"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ class StudentWorker(Worker):
         super().__init__()
         self.config = config_from_dict(config)
         self.path = path
-        self._kept: tuple[list[str], dict[str, torch.Tensor]] | None = None
+        # Prompts of rollouts that are not trained yet, oldest first.
+        self._kept: deque[tuple[list[str], dict[str, torch.Tensor]]] = deque()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     def setup(self) -> dict[str, Any]:
@@ -82,6 +84,7 @@ class StudentWorker(Worker):
         Returns references to micro-batches of the rollout, the texts, and what audio was bad.
         """
         inputs, bad = self._prompts(shard)
+        self._kept.append(([u.id for u in shard], inputs))
         config = self.config.rollout
         if config.source == "manifest":
             rollout = self._forced(inputs, shard, bad)
@@ -108,7 +111,7 @@ class StudentWorker(Worker):
         with self.engine.generation_mode():
             for start in range(0, len(shard), size):
                 batch = shard[start : start + size]
-                inputs, bad = self._prompts(batch, keep=False)
+                inputs, bad = self._prompts(batch)
                 rollout = self._decode(inputs, batch, bad, 0.0, 0, gathered=True)
                 skipped = rollout.bad_audio_B.tolist()
                 texts += [None if s else text for s, text in zip(skipped, self._texts(rollout), strict=True)]
@@ -151,12 +154,10 @@ class StudentWorker(Worker):
                 blocked_V=self.blocked_V, top_k=self.config.loss.top_k, max_repeats=self.config.rollout.max_repeats,
             )  # fmt: skip
 
-    def _prompts(self, shard: Batch, keep: bool = True) -> tuple[dict[str, torch.Tensor], list]:
-        """Model inputs of the shard's prompts, left-padded. Kept until the update of the same step."""
+    def _prompts(self, shard: Batch) -> tuple[dict[str, torch.Tensor], list]:
+        """Model inputs of the shard's prompts, left-padded, and the audio that was bad."""
         waveforms, bad = self.collator.collate(shard)
         inputs = {name: tensor.to(self.device) for name, tensor in self.processor.build_inputs(waveforms).items()}
-        if keep:
-            self._kept = ([u.id for u in shard], inputs)
         return inputs, bad
 
     def _texts(self, rollout: Rollout) -> list[str]:
@@ -168,8 +169,8 @@ class StudentWorker(Worker):
     @register(dispatch_mode=Dispatch.ALL_TO_ALL, blocking=False)
     def update_opd(self, shard: Batch, rollouts: list, scores: list) -> dict[str, float]:
         """One optimizer step on the rollouts that this rank wrote and the teacher scored (lists of references)."""
-        assert self._kept is not None and self._kept[0] == [u.id for u in shard], "update follows its own rollout"
-        inputs = self._kept[1]
+        ids, inputs = self._kept.popleft()
+        assert ids == [u.id for u in shard], "rollouts are trained in the order in which they were made"
         size = self.config.train.micro_batch_size
         micros = []
         for index, (rollout, score) in enumerate(zip(ray.get(rollouts), ray.get(scores), strict=True)):

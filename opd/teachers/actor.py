@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -20,10 +21,27 @@ from opd.types import Batch, TeacherTranscript
 NO_COUNTS = {"positions": 0, "aligned": 0, "responses": 0, "retokenised": 0}
 
 
+@dataclass
+class PendingScores:
+    """Scores of one step, being made: `refs` are one per micro-batch of the rollout."""
+
+    group: TeacherGroup
+    refs: list[list[Any]]
+    counts: dict[str, list[Any]]
+    step: int
+
+    def wait(self) -> tuple[list[list[Any]], float]:
+        """References to the scores, once all are there, and the share of positions that align.
+
+        Raises ValueError where less than min_coverage of a teacher's positions align.
+        """
+        return self.refs, self.group.coverage(self.counts, self.step)
+
+
 class TeacherGroup:
     """Teacher workers that share the micro-batches of a step among them; with routes, each utterance goes to its own.
 
-    counts are those of the last `score` over all teachers: positions (written), aligned, responses, retokenised.
+    counts are those of the last scores that were waited for, over all teachers: positions (written), aligned, responses, retokenised.
     """
 
     def __init__(self, config: Config, student_path: str) -> None:
@@ -72,11 +90,8 @@ class TeacherGroup:
             facts += [{"route": name, **fact} for fact in loaded]
         return facts
 
-    def score(self, shards: list[Batch], rollout_refs: list[list[Any]], step: int) -> tuple[list[list[Any]], float]:
-        """References to the scores, one per micro-batch of the rollout, and the share of positions that align.
-
-        Returns when all are scored. Raises ValueError where less than min_coverage of a teacher's positions align.
-        """
+    def start_score(self, shards: list[Batch], rollout_refs: list[list[Any]], step: int) -> PendingScores:
+        """The workers begin to score the rollout of a step; the driver may go on meanwhile."""
         size = self.config.train.micro_batch_size
         calls = {name: count() for name in self.pools}  # each teacher's workers take turns
         parts: list[list[dict[str, tuple[list[int], Any]]]] = []
@@ -95,7 +110,7 @@ class TeacherGroup:
                     counts[name].append(counted)
         # After all calls to score, so that no merge waits before one of them.
         scores = [[self._merged(part) for part in shard_parts] for shard_parts in parts]
-        return scores, self._coverage(counts, step)
+        return PendingScores(self, scores, counts, step)
 
     def _merged(self, part: dict[str, tuple[list[int], Any]]) -> Any:
         """One reference for a micro-batch whose rows went to several teachers."""
@@ -105,8 +120,8 @@ class TeacherGroup:
         rows, scores = zip(*part.values(), strict=True)
         return self.pools[name][0].merge.remote(list(rows), *scores)
 
-    def _coverage(self, counts: dict[str, list[Any]], step: int) -> float:
-        """Waits for all scores; adds up their counts."""
+    def coverage(self, counts: dict[str, list[Any]], step: int) -> float:
+        """Waits for all scores of a step; adds up their counts (see `PendingScores.wait`)."""
         self.counts = dict(NO_COUNTS)
         for name, refs in counts.items():
             done = wait(refs, f"the teacher's scores of step {step}", self.config.cluster.call_timeout_s)
