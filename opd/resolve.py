@@ -28,7 +28,7 @@ def resolve(config: Config) -> Config:
     student, teacher, data = config.student, config.teacher, config.data
     if student.path:
         student = dataclasses.replace(student, path=resolve_model("student.path", student.path, run_dir))
-    if teacher.path:
+    if teacher.path and config.stage != "sft":
         teacher = dataclasses.replace(teacher, path=resolve_model("teacher.path", teacher.path, run_dir))
     if data.train_manifest.startswith(STAGE_PREFIX):
         data = dataclasses.replace(data, train_manifest=_stage_manifest(data.train_manifest, run_dir))
