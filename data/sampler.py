@@ -52,6 +52,13 @@ class EpochSampler:
             self.position += len(part)
         return batch
 
+    def peek_batch(self, batch_size: int) -> list[int]:
+        """What `next_batch` would return; the position stays."""
+        position = self.position
+        batch = self.next_batch(batch_size)
+        self.position = position
+        return batch
+
     def state_dict(self) -> dict[str, int]:
         """What `load_state_dict` needs to go on from here; plain integers."""
         return {

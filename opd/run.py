@@ -185,9 +185,11 @@ class Run:
     def next_batch(self) -> Batch:
         """The next global batch: what the sampler draws and, where there is one, the teacher gate lets pass."""
         size = self.config.train.batch_size
-        if self.gate is None:
-            return self._draw(size)
         batch: Batch = []
+        if self.gate is None:
+            batch = self._draw(size)
+            self.student.prefetch([self.utterances[index] for index in self.sampler.peek_batch(size)])
+            return batch
         drawn = 0
         with self.timer("gate"):
             while len(batch) < size:
@@ -208,7 +210,7 @@ class Run:
         self.step = step
         batch, rollout = scored.batch, scored.rollout
         metrics = opd_metrics(sums, rollout.sums, len(batch), scored.coverage)
-        metrics["rollout/staleness"] = scored.staleness
+        metrics |= {"rollout/staleness": scored.staleness, "time/data": rollout.waited_s}
         if self.gate is not None:
             metrics["gate/left_out_share"] = self.gate.num_left_out / max(1, self.gate.num_checked)
         bad_ids = self.bad_audio.note(step, rollout.bad, len(batch))
@@ -230,7 +232,7 @@ class Run:
         """Metrics of a step on texts, from sums over all ranks."""
         self.step = step
         self.bad_audio.note(step, sums["bad"], self.config.train.batch_size)
-        self._log(step, sft_metrics(sums))
+        self._log(step, sft_metrics(sums) | {"time/data": sums["waited_s"]})
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         metrics["data/bad_audio"] = self.state["bad_audio"]

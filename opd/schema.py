@@ -81,6 +81,9 @@ class DataConfig:
     max_seconds: float = key(30.0, "longest audio; longer is bad audio, never cut silently")
     on_bad_audio: str = key("stop", "unreadable, too short or too long audio: stop | skip")
     max_bad_share: float = key(0.02, "with skip: the run stops when more than this share of the utterances seen is bad")
+    num_threads: int = key(
+        2, "threads of a student rank that read the next batch's audio meanwhile; 0 = when it is used"
+    )
     sorted_epochs: int = key(0, "first epochs that run through the utterances from short to long")
 
 

@@ -37,6 +37,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "rollout.temperature", "loss.ctc_weight", "optim.weight_decay", "optim.max_grad_norm", "optim.warmup_steps",
     "eval.eval_every", "td.min_chars_per_second", "eval.max_utterances", "eval.num_samples", "eval.patience", "data.sorted_epochs",
+    "data.num_threads",
     "cluster.cpus_per_rank", "cluster.cpus_per_teacher", "cluster.gpus_per_teacher", "seed",
 )  # fmt: skip
 _SHARES = ("teacher.min_coverage", "data.max_bad_share", "loss.beta", "optim.min_lr_ratio")

@@ -27,6 +27,7 @@ class RolloutRefs:
     texts: list[str]
     bad: list[tuple[str, str, str]]
     sums: dict[str, int]
+    waited_s: float
 
 
 class StudentGroup(RayWorkerGroup):
@@ -68,6 +69,10 @@ class Student:
         bounds = [len(utterances) * rank // ranks for rank in range(ranks + 1)]
         return [utterances[low:high] for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
 
+    def prefetch(self, batch: Batch) -> None:
+        """The ranks begin to read the audio of the batch that comes next. What is bad there is told when it is used."""
+        self.group.prefetch(self._shards(batch))
+
     def generate(self, batch: Batch, step: int) -> RolloutRefs:
         """The student's responses to a global batch."""
         shards = self._shards(batch)
@@ -78,6 +83,7 @@ class Student:
             texts=[text for result in results for text in result["texts"]],
             bad=[entry for result in results for entry in result["bad"]],
             sums={name: sum(result["sums"][name] for result in results) for name in results[0]["sums"]},
+            waited_s=max(result["waited_s"] for result in results),
         )
 
     def update(self, rollout: RolloutRefs, scores: list[list[Any]], step: int) -> dict[str, float]:
@@ -88,7 +94,8 @@ class Student:
     def update_sft(self, batch: Batch, step: int) -> dict[str, Any]:
         """One optimizer step on references; sums over all ranks for the metrics, and the bad audio of all."""
         results = self._update(self.group.update_sft(self._shards(batch)), [u.id for u in batch], step)
-        return results[0] | {"bad": [entry for result in results for entry in result["bad"]]}
+        bad = [entry for result in results for entry in result["bad"]]
+        return results[0] | {"bad": bad, "waited_s": max(result["waited_s"] for result in results)}
 
     def _update(self, refs: list[Any], ids: list[str], step: int) -> list[Any]:
         try:

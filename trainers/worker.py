@@ -31,6 +31,7 @@ from opd.types import Batch, Rollout, TeacherScore
 from opd.vocab import blocked_mask
 from trainers.base_engine import init_process_group
 from trainers.fsdp2 import MODEL_TYPE
+from trainers.loader import PromptLoader
 from trainers.objectives import opd_micro_batch, opd_objective, sft_micro_batch, sft_objective
 
 
@@ -59,7 +60,8 @@ class StudentWorker(Worker):
         vocab_size = self.engine.model_config.vocab_size
         self.eos_id, self.pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
         self.blocked_V = blocked_mask(blocked_token_ids(tokenizer, vocab_size, self.eos_id), vocab_size).to(self.device)
-        self.collator = Collator(max_seconds=self.config.data.max_seconds, on_bad_audio=self.config.data.on_bad_audio)
+        collator = Collator(max_seconds=self.config.data.max_seconds, on_bad_audio=self.config.data.on_bad_audio)
+        self.loader = PromptLoader(collator, self.processor, self.config.data.num_threads)
         parameters = list(self.engine.module.parameters())
         return {
             "rank": self.rank,
@@ -74,6 +76,11 @@ class StudentWorker(Worker):
     def device(self) -> torch.device:
         name = get_device_name()
         return torch.device(name) if name == "cpu" else torch.device(name, get_device_id())
+
+    @register(dispatch_mode=Dispatch.ALL_TO_ALL, blocking=False)
+    def prefetch(self, shard: Batch) -> None:
+        """Begins to read the audio of this rank's shard of the next batch."""
+        self.loader.prefetch(shard)
 
     # -- rollout ---------------------------------------------------------------------------------------------------
 
@@ -95,6 +102,7 @@ class StudentWorker(Worker):
             "refs": [ray.put(part.to_dict()) for part in parts],
             "texts": self._texts(rollout),
             "bad": [(error.utterance_id, error.path, error.reason) for error in bad],
+            "waited_s": self.loader.take_waited_s(),
             "sums": {
                 "tokens": int(rollout.response_mask_BT.sum()),
                 "finished": int(rollout.finished_B.sum()),
@@ -156,9 +164,8 @@ class StudentWorker(Worker):
 
     def _prompts(self, shard: Batch) -> tuple[dict[str, torch.Tensor], list]:
         """Model inputs of the shard's prompts, left-padded, and the audio that was bad."""
-        waveforms, bad = self.collator.collate(shard)
-        inputs = {name: tensor.to(self.device) for name, tensor in self.processor.build_inputs(waveforms).items()}
-        return inputs, bad
+        inputs, bad = self.loader.take(shard)
+        return {name: tensor.to(self.device) for name, tensor in inputs.items()}, bad
 
     def _texts(self, rollout: Rollout) -> list[str]:
         rows = zip(rollout.response_ids_BT.tolist(), rollout.response_mask_BT.tolist(), strict=True)
@@ -199,6 +206,7 @@ class StudentWorker(Worker):
             micros.append(sft_micro_batch(inputs, slice(start, start + size), texts, self.processor.tokenizer))
         metrics: dict[str, Any] = self._step(micros, sft_objective(self.config.loss, self.blocked_V, self.pad_id))
         metrics["bad"] = [(error.utterance_id, error.path, error.reason) for error in bad]
+        metrics["waited_s"] = self.loader.take_waited_s()
         return metrics
 
     def _step(self, micros: list, objective: Any) -> dict[str, float]:

@@ -104,3 +104,11 @@ def test_bad_arguments() -> None:
         EpochSampler(3, seed=1, sort_keys=[1.0, 2.0], sorted_epochs=1)
     with pytest.raises(ValueError, match="batch_size must be 1 or more"):
         EpochSampler(3, seed=1).next_batch(0)
+
+
+def test_a_look_ahead_changes_nothing() -> None:
+    sampler, other = EpochSampler(10, seed=3), EpochSampler(10, seed=3)
+    for size in (4, 4, 7, 3):  # across the end of an epoch too
+        ahead = sampler.peek_batch(size)
+        assert sampler.state_dict() == other.state_dict()
+        assert sampler.next_batch(size) == ahead == other.next_batch(size)
