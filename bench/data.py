@@ -1,0 +1,108 @@
+"""How fast does audio reach a step? python -m bench.data [--json FILE] [--lines N] [--seconds S]
+
+A manifest of 100,000 lines is read and shuffled; batches of its audio are decoded, resampled and made mel by the trainer's
+own loader, with two threads ahead of the consumer, against the same work done when it is needed. Both sides must give the
+same features. The recordings are a few hundred files of 3 to 12 s at 16 and 44.1 kHz that many lines share, so the disk's
+cache is warm: the figure is for the processor's work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+
+from data.collate import Collator
+from data.manifest import read_manifest
+from data.sampler import EpochSampler
+from opd.arkasr import load_processor
+from opd.types import Batch
+from trainers.loader import PromptLoader
+
+ROOT = Path(__file__).resolve().parent.parent
+BATCH_SIZE, NUM_THREADS, RUNS = 16, 2, 3
+RATES = (16_000, 44_100)
+
+
+def write_manifest(folder: Path, num_lines: int, num_files: int = 200) -> tuple[Path, float]:
+    """A manifest whose lines share `num_files` recordings; and the mean seconds of a line."""
+    generator = np.random.default_rng(0)
+    seconds = generator.uniform(3.0, 12.0, num_files)
+    for index, length in enumerate(seconds):
+        rate = RATES[index % len(RATES)]
+        audio = 0.1 * generator.standard_normal(int(length * rate))
+        soundfile.write(folder / f"{index}.flac", audio, rate)
+    path = folder / "manifest.jsonl"
+    with open(path, "w", encoding="utf-8") as file:
+        for line in range(num_lines):
+            file.write(json.dumps({"id": f"u{line}", "audio": f"{line % num_files}.flac", "text": "one two"}) + "\n")
+    return path, float(seconds.mean())
+
+
+def run(
+    utterances: Batch, num_threads: int, num_batches: int, step_s: float
+) -> tuple[float, float, list[torch.Tensor]]:
+    """Seconds of all batches, seconds waited for audio, and the features of the first batch; a step takes `step_s`."""
+    loader = PromptLoader(Collator(), load_processor(ROOT / "seeds" / "tiny_student"), num_threads)
+    sampler = EpochSampler(len(utterances), seed=0)
+    first: list[torch.Tensor] = []
+    began = time.perf_counter()
+    for _ in range(num_batches):
+        batch = [utterances[index] for index in sampler.next_batch(BATCH_SIZE)]
+        ahead = [utterances[index] for index in sampler.peek_batch(BATCH_SIZE)]
+        inputs, _ = loader.take(batch)
+        loader.prefetch(ahead)
+        first = first or list(inputs.values())
+        time.sleep(step_s)  # on an accelerator the processor is free meanwhile
+    return time.perf_counter() - began, loader.take_waited_s(), first
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.data", description="Audio-seconds a second of the loader.")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--lines", type=int, default=100_000)
+    parser.add_argument("--batches", type=int, default=12)
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        path, mean_seconds = write_manifest(Path(name), arguments.lines)
+        began = time.perf_counter()
+        utterances = read_manifest(path)
+        read_s = time.perf_counter() - began
+        audio_seconds = mean_seconds * BATCH_SIZE * arguments.batches
+        rows = []
+        for case, step_s in (("data/loader", 0.0), ("data/beside_steps", 0.5)):
+            ours = [run(utterances, NUM_THREADS, arguments.batches, step_s) for _ in range(RUNS)]
+            other = [run(utterances, 0, arguments.batches, step_s) for _ in range(RUNS)]
+            assert all(torch.equal(a, b) for a, b in zip(ours[0][2], other[0][2], strict=True)), "the features differ"
+            ours_s, other_s = (statistics.median(seconds for seconds, _, _ in side) for side in (ours, other))
+            waited = statistics.median(waited for _, waited, _ in ours)
+            rows.append(
+                {"case": case, "ours_s": ours_s, "other": "read_when_needed", "other_s": other_s,
+                 "ratio": other_s / ours_s, "ours_mb": None, "other_mb": None,
+                 "audio_seconds_per_second": audio_seconds / ours_s, "waited_share": waited / ours_s}
+            )  # fmt: skip
+    print(
+        f"manifest of {arguments.lines:,} lines read in {read_s:.2f} s; {NUM_THREADS} threads, batches of {BATCH_SIZE}"
+    )
+    print("| case | ours s | other | other s | ratio | audio-s per s | share of time waited for audio |")
+    print("|---|---|---|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row['case']} | {row['ours_s']:.2f} | {row['other']} | {row['other_s']:.2f} | {row['ratio']:.2f} | "
+            f"{row['audio_seconds_per_second']:.0f} | {row['waited_share']:.1%} |"
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
