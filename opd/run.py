@@ -182,6 +182,11 @@ class Run:
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
+    def steps_left(self) -> range:
+        """The steps that are still to be done: none where the newest checkpoint is that of an early stop."""
+        last = self.step if self.state.get("finished") else self.config.train.num_steps
+        return range(self.step + 1, last + 1)
+
     def next_batch(self) -> Batch:
         """The next global batch: what the sampler draws and, where there is one, the teacher gate lets pass."""
         size = self.config.train.batch_size
@@ -299,8 +304,11 @@ class Run:
 
     def evaluate_if_due(self, step: int) -> bool:
         """Evaluates every eval_every steps; True where the run should stop early."""
-        every = self.config.eval.eval_every
-        if not every or step % every or step == self.config.train.num_steps or not self.eval_sets:
+        every, last = self.config.eval.eval_every, step == self.config.train.num_steps
+        if not every or not self.eval_sets:
+            return False
+        # After the last step the export is evaluated anyway; with early stopping it must first compete with the best.
+        if (last and not self.config.eval.patience) or (not last and step % every):
             return False
         self.workers.stop_clocks()
         with self.timer("eval"):
