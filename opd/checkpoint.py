@@ -1,7 +1,7 @@
 """The run directory: resolved config, complete checkpoints, metrics, summary; one driver at a time.
 
     config.yaml  metrics.jsonl  summary.json  bad_audio.jsonl  export/  .lock
-    checkpoints/step-000500/{what the workers wrote, loop_state.json, COMPLETE}  checkpoints/{latest,best}.json
+    checkpoints/step-000500/{what the workers wrote, loop_state.json, config.yaml, COMPLETE}  checkpoints/{latest,best}.json
 
 A checkpoint is written beside its place and renamed when whole, so whatever is called `step-N` was whole once; the
 marker lists its files with their sizes, so that one damaged later is noticed.
@@ -128,13 +128,14 @@ class RunDir:
         return temp
 
     def commit_save(self, step: int, loop_state: dict[str, Any]) -> Path:
-        """Completes the checkpoint begun by `begin_save`: loop_state.json, marker, rename, `latest`, retention.
+        """Completes the checkpoint begun by `begin_save`: loop_state.json, config, marker, rename, `latest`, retention.
 
         loop_state is JSON-able. Raises OSError (a full disk, say) with the earlier checkpoints untouched.
         """
         assert step in self._pending, f"commit_save({step}) without begin_save({step})"
         temp, target = self._pending[step], self.checkpoint_path(step)
         (temp / LOOP_STATE).write_text(json.dumps(loop_state), encoding="utf-8")
+        shutil.copyfile(self.path / CONFIG_FILE, temp / CONFIG_FILE)
         files = {str(file.relative_to(temp)): file.stat().st_size for file in _files_below(temp)}
         # The data must be on disk before the marker that vouches for it, and the marker before the name.
         for file in [*_files_below(temp), *(entry for entry in temp.rglob("*") if entry.is_dir())]:

@@ -119,6 +119,16 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     return values
 
 
+def take_flag(argv: list[str], name: str) -> tuple[bool, list[str]]:
+    """Whether `name=true` is among the arguments, and the others. Raises ValueError for another value."""
+    values = [argument.lstrip("-").partition("=") for argument in argv]
+    for key, _, value in values:
+        if key == name and value not in ("true", "false"):
+            raise ValueError(f"{name}={value}: must be true or false")
+    others = [argument for argument, (key, _, _) in zip(argv, values, strict=True) if key != name]
+    return (name, "=", "true") in values, others
+
+
 def _parse_overrides(argv: list[str]) -> dict[str, Any]:
     overrides: dict[str, Any] = {}
     for argument in argv:

@@ -28,6 +28,7 @@ from opd.arkasr import (
 )
 from opd.arkasr.configuration_arkasr import AUTO_MAP, CUSTOM_PIPELINES
 from opd.card import check_card_facts, write_model_card
+from opd.config import resolve_path
 from opd.hub import check_push, push
 from opd.types import DTYPES
 
@@ -203,7 +204,7 @@ def export_checkpoint(
     step = steps[-1] if step is None else step
     facts = {**_run_facts(run_dir, config, step), **(card or {}), "config": config}
     check_card_facts(facts)
-    start = config["student"]["path"] or str(run_dir / "init")
+    start = resolve_path(config["student"]["path"] or str(run_dir / "init"))
     model, processor = load_model(start), load_processor(start)
     # As the engine names them: the model is a member of what is trained.
     state = {"model": {f"model.{name}": tensor for name, tensor in model.state_dict().items()}}

@@ -8,8 +8,9 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from opd.config import SYNTHETIC_PREFIX, resolve_path
+from opd.config import PROJECT_ROOT, SYNTHETIC_PREFIX, resolve_path
 from opd.schema import Config
 
 RECORDINGS_PREFIX = "recordings:"
@@ -41,6 +42,21 @@ def resolve(config: Config) -> Config:
         eval_manifests={name: manifests[path] for name, path in data.eval_manifests.items()},
     )
     return dataclasses.replace(config, student=student, teacher=teacher, data=data)
+
+
+def portable(values: dict[str, Any]) -> dict[str, Any]:
+    """A config dictionary as a run directory keeps it: paths inside the project relative to it, all others as they are.
+
+    A Ray job sees the project in a temporary copy, under another name each time: what is saved must not depend on it.
+    """
+
+    def relative(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: inner if key == "run_dir" else relative(inner) for key, inner in value.items()}
+        inside = isinstance(value, str) and Path(value).is_absolute() and Path(value).is_relative_to(PROJECT_ROOT)
+        return str(Path(value).relative_to(PROJECT_ROOT)) if inside else value
+
+    return relative(values)
 
 
 def with_run_dir(config: Config) -> Config:

@@ -17,11 +17,11 @@ from opd.evaluate import sample_table, score_transcripts
 from opd.gate import TeacherGate
 from opd.hub import check_push, push
 from opd.metrics import MetricsLog, PhaseTimer
-from opd.resolve import in_ray_job, resolve
+from opd.resolve import in_ray_job, portable, resolve
 from opd.schedule import RolloutLine, ScoredRollout
 from opd.schema import FROZEN_KEYS, Config
 from opd.seed import fresh_student
-from opd.step_metrics import opd_metrics, sft_metrics
+from opd.step_metrics import opd_metrics, sft_metrics, start_seconds
 from opd.teacher_data import TeacherData
 from opd.teachers.environment import check_environments
 from opd.teachers.routing import Router
@@ -97,7 +97,7 @@ class Run:
         config = resolve(config)
         synthesis = time.perf_counter() - began  # all of it is that, or next to nothing
         run_dir = RunDir.open(
-            str(config.run_dir), config.to_dict(), config.resume, FROZEN_KEYS, in_ray_job=in_ray_job()
+            str(config.run_dir), portable(config.to_dict()), config.resume, FROZEN_KEYS, in_ray_job=in_ray_job()
         )
         run = cls(config, run_dir)
         run.history["synthesis"] = synthesis
@@ -182,6 +182,11 @@ class Run:
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
+    def steps_left(self) -> range:
+        """The steps that are still to be done: none where the newest checkpoint is that of an early stop."""
+        last = self.step if self.state.get("finished") else self.config.train.num_steps
+        return range(self.step + 1, last + 1)
+
     def next_batch(self) -> Batch:
         """The next global batch: what the sampler draws and, where there is one, the teacher gate lets pass."""
         size = self.config.train.batch_size
@@ -244,17 +249,11 @@ class Run:
 
     def _report_start(self, metrics: dict[str, float]) -> None:
         """Where the time from the command to the first training step went, evaluation and synthesis apart."""
-        totals = self.timer.seconds()
-        parts: dict[str, float] = {
-            name: totals[name] for name in ("start_ray", "start_student", "start_teacher") if name in totals
-        }
-        parts["first_step"] = sum(metrics.get(f"time/{p}", 0.0) for p in ("rollout", "teacher", "update"))
-        total = time.time() - max(psutil.Process().create_time(), self.history["opened"])
-        total -= totals.get("eval", 0.0) + self.history.get("synthesis", 0.0)
-        parts["imports_and_config"] = total - sum(parts.values())
-        self.history["start"] = {"total": total, **parts}
-        listed = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
-        print(f"first step {total:.1f} s after the command: {listed}")
+        total = time.time() - max(psutil.Process().create_time(), self.history["opened"]) - self.history["synthesis"]
+        start = start_seconds(total, self.timer.seconds(), metrics)
+        self.history["start"] = start
+        listed = ", ".join(f"{name} {seconds:.1f}" for name, seconds in start.items() if name != "total")
+        print(f"first step {start['total']:.1f} s after the command: {listed}")
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
@@ -299,8 +298,11 @@ class Run:
 
     def evaluate_if_due(self, step: int) -> bool:
         """Evaluates every eval_every steps; True where the run should stop early."""
-        every = self.config.eval.eval_every
-        if not every or step % every or step == self.config.train.num_steps or not self.eval_sets:
+        every, last = self.config.eval.eval_every, step == self.config.train.num_steps
+        if not every or not self.eval_sets:
+            return False
+        # After the last step the export is evaluated anyway; with early stopping it must first compete with the best.
+        if (last and not self.config.eval.patience) or (not last and step % every):
             return False
         self.workers.stop_clocks()
         with self.timer("eval"):

@@ -181,7 +181,7 @@ class ClusterConfig:
     gpus_per_rank: float = key(1.0, "GPUs of a student rank where use_gpu is true; fractions leave room for a teacher")
     cpus_per_rank: float = key(0.5, "CPUs that Ray sets aside for a student rank; fractions are fine")
     threads_per_rank: int = key(1, "torch threads of a student rank")
-    num_teachers: int = key(1, "teacher workers")
+    num_teachers: int = key(1, "teacher workers; with routes, of each route that does not say num_workers")
     cpus_per_teacher: float = key(0.5, "CPUs that Ray sets aside for a teacher worker; fractions are fine")
     gpus_per_teacher: float = key(1.0, "GPUs of a teacher worker where use_gpu is true; fractions share one")
     threads_per_teacher: int = key(2, "torch threads of a teacher worker")
@@ -227,6 +227,12 @@ class Config:
     def num_ranks(self) -> int:
         return self.cluster.num_nodes * self.cluster.ranks_per_node
 
+    @property
+    def num_teachers(self) -> int:
+        """Teacher workers over all routes."""
+        routes: list[dict[str, Any]] = list(self.teacher.routes.values()) or [{}]
+        return sum(route.get("num_workers") or self.cluster.num_teachers for route in routes)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionary, the form that is saved in the run directory."""
         return dataclasses.asdict(self)
@@ -235,11 +241,11 @@ class Config:
         return self.eval.best_by or next(iter(self.data.eval_manifests), None)
 
 
-# What may not change between a run and its continuation: everything that shapes the weights. Where the run is written,
-# how it is watched and how long it goes on may change.
+# What may not change between a run and its continuation: everything that shapes the weights (the number of steps shapes
+# the schedule). Where the run is written, how it is watched, what happens to bad audio and how ranks are placed may change.
 FROZEN_KEYS = [
-    "recipe", "stage", "schedule", "seed", "engine", "student", "teacher.kind", "teacher.path",
-    "teacher.language", "teacher.prompt", "teacher.routes", "teacher.gate_max_wer", "data.train_manifest",
-    "data.sorted_epochs", "td", "rollout", "loss", "optim", "train.batch_size", "train.micro_batch_size", "train.num_steps",
-    "cluster.num_nodes", "cluster.ranks_per_node", "eval.normaliser",
+    "recipe", "stage", "schedule", "seed", "engine", "student", "teacher.kind", "teacher.path", "teacher.language",
+    "teacher.prompt", "teacher.routes", "teacher.dtype", "teacher.gate_max_wer", "data.train_manifest",
+    "data.default_language", "data.sorted_epochs", "td", "rollout", "loss", "optim", "train.batch_size",
+    "train.micro_batch_size", "train.num_steps", "cluster.num_nodes", "cluster.ranks_per_node", "eval.normaliser",
 ]  # fmt: skip

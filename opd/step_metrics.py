@@ -52,3 +52,14 @@ def sft_metrics(sums: Mapping[str, Any]) -> dict[str, float]:
     if "ctc" in sums:
         metrics["loss/ctc"] = sums["ctc"] / positions
     return metrics
+
+
+def start_seconds(since_command: float, totals: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, float]:
+    """Where the seconds up to the end of the first step went, evaluation apart: `total` and its parts.
+
+    totals    seconds per phase so far; metrics are those of the first step
+    """
+    total = since_command - totals.get("eval", 0.0)
+    parts = {name: totals[name] for name in ("start_ray", "start_student", "start_teacher") if name in totals}
+    parts["first_step"] = sum(metrics.get(f"time/{phase}", 0.0) for phase in ("rollout", "teacher", "update"))
+    return {"total": total, **parts, "imports_and_config": total - sum(parts.values())}

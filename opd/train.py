@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 
-from opd.config import describe, load_config
+from opd.config import describe, load_config, take_flag
 from opd.schema import Config
 
 
@@ -30,7 +30,7 @@ def train(config: Config) -> dict:
             run.start_workers()  # student: a verl RayWorkerGroup; teacher: plain Ray actors; both load at the same time
         run.evaluate_before()
 
-        for step in range(run.step + 1, config.train.num_steps + 1):
+        for step in run.steps_left():
             if config.stage == "opd":
                 while run.line.wants_rollout(step):  # one; with one_step_off the next one too, before this one trains
                     batch = run.next_batch()  # list of Utterance records
@@ -72,13 +72,13 @@ def run_all(config: Config) -> dict:
 def main(argv: list[str] | None = None) -> int:
     """Command line. Returns the exit status: 0, or 1 after one line that says what went wrong."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    print_config = "print_config=true" in arguments
     # When several workers fail of one cause, the first is reported below; Ray would print the others after it.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("data").setLevel(logging.INFO)  # making speech takes a minute: say so
     try:
-        config = load_config([a for a in arguments if not a.startswith("print_config=")])
+        print_config, arguments = take_flag(arguments, "print_config")
+        config = load_config(arguments)
         if print_config:
             print(describe(config))
             return 0

@@ -65,7 +65,8 @@ class Workers:
 
         with self.timer("start_ray"):
             connect(cluster)
-            check_resources(cluster, with_student, with_teacher)
+            ranks = self.config.num_ranks if with_student else 0
+            check_resources(cluster, ranks, self.config.num_teachers if with_teacher else 0)
 
     def _wait_for_teacher(self) -> list[dict[str, Any]]:
         with self.timer("start_teacher"):

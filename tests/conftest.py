@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -46,3 +47,12 @@ def waveforms(speech: dict[str, Path]) -> list[np.ndarray]:
     from data.manifest import read_manifest
 
     return [load_audio(u) for u in read_manifest(speech["eval"])[:6]]
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of clients of a Ray head that is started for the tests."""
+    from main_job import ray_head
+
+    with ray_head(tmp_path_factory.mktemp("head")) as client:
+        yield client

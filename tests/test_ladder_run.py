@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from main_job import TIMEOUT_S, run, start
+
 LADDER = [
     "recipe=tiny_ladder", "stages=[sft, td, opd]", "ladder.sft.student={path: seeds/tiny_student}",
     "ladder.sft.train.num_steps=2", "train.num_steps=4", "train.batch_size=8", "train.micro_batch_size=4", "train.log_every=1",
@@ -20,36 +20,28 @@ LADDER = [
 ]  # fmt: skip
 
 
-def test_a_killed_ladder_goes_on_in_the_middle_of_its_stage(speech: dict[str, Path], tmp_path: Path) -> None:
+def test_a_killed_ladder_goes_on_in_the_middle_of_its_stage(
+    speech: dict[str, Path], cluster: dict[str, str], tmp_path: Path
+) -> None:
     run_dir, cache = tmp_path / "run", tmp_path / "kept"
     arguments = [
         sys.executable, "-m", "opd.train", *LADDER, f"run_dir={run_dir}", f"teacher.cache_dir={cache}",
         f"ladder.sft.data.train_manifest={speech['train']}", f"data.train_manifest={speech['train']}",
         f"data.eval_manifests={{held_out: {speech['eval']}}}",
     ]  # fmt: skip
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "VERL_", "WANDB_"))}
-    env = kept | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "HF_HOME": str(tmp_path / "hf")}
-    first = subprocess.Popen(
-        arguments,
-        env=env,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    first = start(arguments, cluster)
     transcripts = run_dir / "td" / "td" / "transcripts.jsonl"
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + TIMEOUT_S
     while not transcripts.exists() or transcripts.read_text().count("\n") < 8:
         assert first.poll() is None, first.stdout.read() if first.stdout else ""
-        assert time.monotonic() < deadline, "no teacher data within 240 s"
+        assert time.monotonic() < deadline, f"no teacher data within {TIMEOUT_S:g} s"
         time.sleep(0.02)
     os.kill(first.pid, signal.SIGKILL)
     first.communicate(timeout=60)
     written_before = transcripts.read_text().split("\n")[:8]
     assert not (run_dir / "td" / "summary.json").exists()
 
-    second = subprocess.run(arguments, env=env, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    second = run(arguments, cluster)
     assert second.returncode == 0, second.stdout[-3000:] + second.stderr[-3000:]
     rows = [json.loads(line) for line in transcripts.read_text().split("\n") if line]
     assert transcripts.read_text().split("\n")[:8] == written_before

@@ -2,114 +2,152 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
+import numpy as np
 import pytest
+import soundfile
+from main_job import (
+    BIN,
+    ONE_RANK,
+    ROOT,
+    STEPS,
+    command,
+    environment,
+    last_error,
+    metrics,
+    run,
+    start,
+    wait_for_job_server,
+    wait_for_step,
+)  # fmt: skip
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parent.parent
-STEPS = 6
-TINY = [
-    "recipe=tiny", f"train.num_steps={STEPS}", "train.batch_size=8", "train.micro_batch_size=2", "train.log_every=1",
-    "checkpoint.checkpoint_every=2", "optim.warmup_steps=2", "eval.batch_size=4", "wandb.mode=offline",
-    "cluster.num_teachers=1",
-]  # fmt: skip
+from opd import export
+from opd.config import load_config
+from opd.run import Run
+from opd.train import main
 
-ONE_RANK = ["cluster.ranks_per_node=1", "eval.teacher=false"]
-
-
-def environment(tmp: Path, **extra: str) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "VERL_", "WANDB_"))}
-    return kept | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "HF_HOME": str(tmp / "hf"), **extra}
-
-
-def command(speech: dict[str, Path], run_dir: Path, *overrides: str) -> list[str]:
-    data = [f"data.train_manifest={speech['unlabelled']}", f"data.eval_manifests={{held_out: {speech['eval']}}}"]
-    return [sys.executable, "-m", "opd.train", *TINY, *data, f"run_dir={run_dir}", *overrides]
-
-
-def run(arguments: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(arguments, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-
-
-def run_together(commands: list[list[str]], env: dict[str, str]) -> list[subprocess.CompletedProcess[str]]:
-    """`run` of several commands at the same time: most of a start is waiting."""
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda arguments: run(arguments, env), commands))
+Result = subprocess.CompletedProcess[str]
+NO_EVAL = "data.eval_manifests={}"
+NOT_FINITE = ["optim.lr=1e30", "optim.warmup_steps=0", "checkpoint.checkpoint_every=100", NO_EVAL, *ONE_RANK]
+# A rate that changes nothing: the second evaluation is no better than the first, and patience is at its end.
+STOP_EARLY = ["train.num_steps=5", "optim.lr=1e-12", "eval.eval_every=1", "eval.patience=1", *ONE_RANK]
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of clients of a Ray head that this module starts, with dashboard and job server, and ends."""
-    import socket
-
-    def free_port() -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return probe.getsockname()[1]
-
-    # Ray's socket paths are limited to 107 bytes, so its folder must have a short name.
-    folder = tmp_path_factory.mktemp("head")
-    short = Path("/tmp") / f"ray-{os.getpid()}"
-    token = folder / "token"
-    token.write_text("0123456789abcdef0123456789abcdef\n")
-    port, dashboard, agent = free_port(), free_port(), free_port()
-    auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = environment(folder, PATH=path, PYTHONPATH=str(ROOT), RAY_JOB_STOP_WAIT_TIME_S="1", **auth)
-    head = subprocess.Popen(
-        [
-            str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=4", f"--port={port}",
-            f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--temp-dir={short}",
-            "--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={agent}", "--disable-usage-stats",
-        ],
-        env=env, cwd=folder, stdout=(folder / "head.log").open("w"), stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
-    client = env | {"RAY_ADDRESS": f"127.0.0.1:{port}", "DASHBOARD": f"http://127.0.0.1:{dashboard}"}
-    # The job server answers before its agent takes jobs: the head is up when a job went through.
-    ready = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", client["DASHBOARD"], "--", "true"]
-    deadline = time.monotonic() + 90
-    while subprocess.run(ready, env=env, capture_output=True, check=False).returncode:
-        assert head.poll() is None, (folder / "head.log").read_text()
-        assert time.monotonic() < deadline, "the Ray head did not come up within 90 s"
-        time.sleep(1)
-    yield client
-    family = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
-    for process in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    head.wait(timeout=20)
-    subprocess.run(["rm", "-rf", str(short)], check=False)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the jobs below write."""
+    return tmp_path_factory.mktemp("jobs")
 
 
 @pytest.fixture(scope="module")
-def unbroken(speech: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A finished run, by a driver that starts its own Ray; and what it printed."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    result = run(command(speech, folder / "run"), environment(folder))
+def jobs(speech: dict[str, Path], cluster: dict[str, str], folder: Path) -> Iterator[dict[str, Future]]:
+    """All runs of this module by name, three at a time: half of a start is waiting. The tests look at what came of them."""
+    sft = [
+        "train.num_steps=3",
+        "cluster.ranks_per_node=1",
+        "data.sorted_epochs=1",
+        "eval.eval_every=2",
+        "eval.patience=9",
+    ]
+    sft += [f"data.train_manifest={speech['train']}"]
+    spoilt = ["cluster.ranks_per_node=1", "train.num_steps=14", "data.max_seconds=5", NO_EVAL]
+    spoilt += [f"data.train_manifest={spoilt_manifest(speech, folder)}"]
+    plans: dict[str, Callable[[], Result]] = {
+        "unbroken": lambda: run(command(speech, folder / "unbroken", "wandb.mode=offline"), environment(folder)),
+        "broken": lambda: kill_twice(command(speech, folder / "broken"), cluster, folder / "broken"),
+        "job": lambda: submit(command(speech, folder / "job", *STOP_EARLY), cluster),
+        "relative": lambda: submit_by_hand(command(speech, Path("runs/x")), cluster),
+        "sft": lambda: run(command(speech, folder / "sft", *sft, recipe="tiny_student"), cluster),
+        "stop": lambda: run(command(speech, folder / "stop", *spoilt, recipe="tiny_student"), cluster),
+        "skip": lambda: run(command(speech, folder / "skip", *spoilt, "data.on_bad_audio=skip"), cluster),
+        "not_finite": lambda: run(command(speech, folder / "not_finite", *NOT_FINITE), cluster),
+        "few_cpus": lambda: run(command(speech, folder / "few_cpus", "cluster.cpus_per_rank=8"), cluster),
+        "no_gpu": lambda: run(command(speech, folder / "no_gpu", "cluster.use_gpu=true"), cluster),
+        "no_overlap": lambda: run(
+            command(speech, folder / "no_overlap", *ONE_RANK, f"teacher.path={foreign_teacher(folder)}"), cluster
+        ),
+    }
+    with ThreadPoolExecutor(3) as pool:
+        yield {name: pool.submit(plan) for name, plan in plans.items()}
+        pool.shutdown(cancel_futures=True)
+
+
+def finished(jobs: dict[str, Future], name: str) -> Result:
+    """What came of a run that must have ended well."""
+    result = jobs[name].result()
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return folder / "run", result.stdout
+    return result
 
 
-def metrics(run_dir: Path) -> list[dict]:
-    """metrics.jsonl without times, which are never the same."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+def kill_twice(arguments: list[str], env: dict[str, str], run_dir: Path) -> Result:
+    """A run in which a rank is killed with SIGKILL in step 4, then the driver in step 6; the third try ends it."""
+    for step, victim in ((4, "rank"), (6, "driver")):
+        process = start(arguments, env)
+        wait_for_step(process, run_dir, step - 1)
+        rank = json.loads((run_dir / "workers.json").read_text())["student"][1]
+        os.kill(rank if victim == "rank" else process.pid, signal.SIGKILL)
+        killed = time.monotonic()
+        printed, _ = process.communicate(timeout=120)
+        assert process.returncode != 0
+        if victim == "rank":
+            assert printed.splitlines()[-1].startswith("error: a worker died during "), printed
+            assert "resume=auto" in printed
+            assert time.monotonic() - killed < 60
+        assert not (run_dir / "summary.json").exists()
+    return run(arguments, env)
 
 
-def test_a_run_ends_with_summary_table_export_and_metrics(unbroken: tuple[Path, str], speech: dict[str, Path]) -> None:
-    run_dir, printed = unbroken
+def submit(arguments: list[str], cluster: dict[str, str]) -> Result:
+    """A run as a Ray job, by the script."""
+    wait_for_job_server(cluster)
+    return run([str(ROOT / "scripts" / "submit.sh"), *arguments[3:]], cluster | {"RAY_ADDRESS": cluster["DASHBOARD"]})
+
+
+def submit_by_hand(arguments: list[str], cluster: dict[str, str]) -> Result:
+    """A run as a Ray job, as the README says it, where scripts/submit.sh does not look at it first."""
+    wait_for_job_server(cluster)
+    by_hand = [str(BIN / "ray"), "job", "submit", "--address", cluster["DASHBOARD"], "--working-dir", ".", "--"]
+    return run([*by_hand, "python", *arguments[1:]], cluster)
+
+
+def spoilt_manifest(speech: dict[str, Path], folder: Path) -> Path:
+    """Eight utterances, of which one file is no audio, one is missing, one is too short for a mel frame, one too long."""
+    (folder / "broken.wav").write_bytes(b"RIFFnothing")
+    soundfile.write(folder / "short.wav", np.zeros(200, np.float32), 16_000)
+    soundfile.write(folder / "long.wav", np.zeros(6 * 16_000, np.float32), 16_000)
+    rows = [json.loads(line) for line in speech["train"].read_text().splitlines()][:8]
+    for row, name in zip(rows, ("broken", "missing", "short", "long", *[None] * 4), strict=True):
+        row["audio"] = str(folder / f"{name}.wav" if name else speech["train"].parent / row["audio"])
+    (folder / "spoilt.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "spoilt.jsonl"
+
+
+def foreign_teacher(folder: Path) -> Path:
+    """The tiny teacher with each of its ordinary tokens under a name that no other tokenizer has."""
+    shutil.copytree(ROOT / "seeds" / "tiny_teacher", folder / "foreign")
+    path = folder / "foreign" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"] |= {"vocab": {f"~{token}~": i for token, i in content["model"]["vocab"].items()}, "merges": []}
+    path.write_text(json.dumps(content))
+    return folder / "foreign"
+
+
+def test_a_run_ends_with_summary_table_export_and_metrics(
+    jobs: dict[str, Future], folder: Path, speech: dict[str, Path]
+) -> None:
+    run_dir, printed = folder / "unbroken", finished(jobs, "unbroken").stdout
     summary = json.loads((run_dir / "summary.json").read_text())
     assert {"recipe", "stage", "steps", "seed", "seconds", "eval", "train_manifest", "export_dir"} <= summary.keys()
     assert (summary["recipe"], summary["stage"], summary["steps"], summary["seed"]) == ("tiny", "opd", STEPS, 0)
@@ -134,9 +172,10 @@ def test_a_run_ends_with_summary_table_export_and_metrics(unbroken: tuple[Path, 
 
 
 def test_the_export_writes_the_same_transcripts_where_the_package_is_not_installed(
-    unbroken: tuple[Path, str], speech: dict[str, Path], tmp_path: Path
+    jobs: dict[str, Future], folder: Path, speech: dict[str, Path], tmp_path: Path
 ) -> None:
-    run_dir, _ = unbroken
+    finished(jobs, "unbroken")
+    run_dir = folder / "unbroken"
     script = tmp_path / "infer.py"
     script.write_text(
         "import json, sys, importlib.util\n"
@@ -172,175 +211,121 @@ def test_the_export_writes_the_same_transcripts_where_the_package_is_not_install
     assert "held_out" in card
 
 
-def kill_when_training(arguments: list[str], env: dict[str, str], run_dir: Path, victim: str) -> tuple[int, str, float]:
-    """Starts a run and kills it with SIGKILL after its third step: the driver, or a rank of the student.
-
-    Returns the driver's exit status, what it printed, and the seconds from the kill to its end.
-    """
-    process = subprocess.Popen(
-        arguments,
-        env=env,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 200
-    while not (run_dir / "metrics.jsonl").exists() or '"step": 3,' not in (run_dir / "metrics.jsonl").read_text():
-        assert process.poll() is None, process.stdout.read() if process.stdout else ""
-        assert time.monotonic() < deadline, "no third step within 200 s"
-        time.sleep(0.02)
-    pid = process.pid if victim == "driver" else json.loads((run_dir / "workers.json").read_text())["student"][1]
-    os.kill(pid, signal.SIGKILL)
-    killed = time.monotonic()
-    printed, _ = process.communicate(timeout=120)
-    return process.returncode, printed, time.monotonic() - killed
-
-
-@pytest.mark.parametrize("victim", ["driver", "rank"])
-def test_a_killed_run_resumes_bit_equal(
-    victim: str, unbroken: tuple[Path, str], speech: dict[str, Path], cluster: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_killed_run_resumes_bit_equal(jobs: dict[str, Future], folder: Path) -> None:
     """Also the proof that two runs of one seed are the same: all numbers but times are compared to the last digit."""
-    run_dir = tmp_path / "run"
-    status, printed, seconds = kill_when_training(command(speech, run_dir), cluster, run_dir, victim)
-    assert status != 0
-    if victim == "rank":
-        assert "error:" in printed
-        assert "resume=auto" in printed
-        assert seconds < 60
-    assert not (run_dir / "summary.json").exists()
-    result = run(command(speech, run_dir), cluster)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert "going on after step" in result.stdout
-    expected = load_file(unbroken[0] / "export" / "model.safetensors")
-    resumed = load_file(run_dir / "export" / "model.safetensors")
+    finished(jobs, "unbroken")
+    assert "going on after step 4 of 6" in finished(jobs, "broken").stdout
+    expected = load_file(folder / "unbroken" / "export" / "model.safetensors")
+    resumed = load_file(folder / "broken" / "export" / "model.safetensors")
     assert expected.keys() == resumed.keys()
     assert all(expected[name].equal(resumed[name]) for name in expected)
-    assert metrics(run_dir) == metrics(unbroken[0])
+    assert metrics(folder / "broken") == metrics(folder / "unbroken")
 
 
-def test_a_ray_job_runs_as_the_readme_says(speech: dict[str, Path], cluster: dict[str, str], tmp_path: Path) -> None:
-    # A rate that changes nothing: the second evaluation is no better than the first, and patience is at its end.
-    stop_early = ["train.num_steps=5", "optim.lr=1e-12", "eval.eval_every=1", "eval.patience=1"]
-    script = [str(ROOT / "scripts" / "submit.sh"), *command(speech, tmp_path / "run", *stop_early)[3:]]
-    result = run(script, cluster | {"RAY_ADDRESS": cluster["DASHBOARD"]})
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+def test_a_ray_job_runs_as_the_readme_says(jobs: dict[str, Future], folder: Path) -> None:
+    finished(jobs, "job")
+    summary = json.loads((folder / "job" / "summary.json").read_text())
     assert (summary["steps"], summary["exported_step"]) == (2, 1), "stopped early, the better step is exported"
-    relative = run([*script, "run_dir=runs/x"], cluster)
+    relative = jobs["relative"].result()
     assert relative.returncode == 1
-    assert "absolute path" in relative.stderr
-    submit = ["ray", "job", "submit", "--address", cluster["DASHBOARD"], "--working-dir", str(ROOT), "--"]
-    inside = run([*submit, "python", "-m", "opd.train", "recipe=tiny", "run_dir=runs/x"], cluster)
-    assert inside.returncode == 1
-    assert "run_dir=runs/x: a Ray job runs in a temporary copy" in inside.stdout + inside.stderr
+    assert "run_dir=runs/x: a Ray job runs in a temporary copy" in relative.stdout + relative.stderr
+    script = run([str(ROOT / "scripts" / "submit.sh"), "recipe=tiny", "run_dir=runs/x"], dict(os.environ))
+    assert script.returncode == 1
+    assert "absolute path" in script.stderr
 
 
-def test_sft_starts_from_nothing_and_export_runs_again(
-    speech: dict[str, Path], cluster: dict[str, str], tmp_path: Path
-) -> None:
-    run_dir = tmp_path / "run"
-    arguments = command(speech, run_dir)
-    arguments[3] = "recipe=tiny_student"
-    arguments += [f"data.train_manifest={speech['train']}", "train.num_steps=3", "cluster.ranks_per_node=1"]
-    arguments += ["data.sorted_epochs=1", "wandb.mode=disabled"]
-    result = run(arguments, cluster)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    steps = [line for line in metrics(run_dir) if "loss/ce" in line]
+def test_what_stopped_early_trains_no_more(jobs: dict[str, Future], folder: Path, speech: dict[str, Path]) -> None:
+    """A run that is killed between its last checkpoint and its end is only brought to its end."""
+    finished(jobs, "job")
+    (folder / "job" / "summary.json").unlink()
+    with Run.open(load_config(command(speech, folder / "job", *STOP_EARLY)[3:])) as again:
+        assert again.step == 2
+        assert not again.is_finished()
+        assert list(again.steps_left()) == []
+
+
+def test_sft_starts_from_nothing_and_export_runs_again(jobs: dict[str, Future], folder: Path, tmp_path: Path) -> None:
+    finished(jobs, "sft")
+    steps = [line for line in metrics(folder / "sft") if "loss/ce" in line]
     assert len(steps) == 3
     assert all(math.isfinite(line["loss/ctc"]) for line in steps)
-    again = run([sys.executable, "-m", "opd.export", f"run_dir={run_dir}", f"out_dir={tmp_path / 'again'}"], cluster)
-    assert again.returncode == 0, again.stderr
-    first = load_file(run_dir / "export" / "model.safetensors")
+    best = json.loads((folder / "sft" / "checkpoints" / "best.json").read_text())
+    assert [step for step, _ in best["evals"]] == [2, 3], "with early stopping the last step competes too"
+    assert export.main([f"run_dir={folder / 'sft'}", f"out_dir={tmp_path / 'again'}", f"step={best['step']}"]) == 0
+    first = load_file(folder / "sft" / "export" / "model.safetensors")
     second = load_file(tmp_path / "again" / "model.safetensors")
     assert first.keys() == second.keys()
     assert all(first[name].equal(second[name]) for name in first)
     assert not any(name.startswith("ctc_head") for name in first)
-    other = run([*arguments, "optim.lr=0.5"], cluster)
-    assert other.returncode == 1
-    assert "optim.lr" in other.stderr
 
 
-def rewritten(manifest: Path, target: Path, change) -> Path:
-    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
-    for row in rows:
-        row["audio"] = str(manifest.parent / row["audio"])
-    target.write_text("".join(json.dumps(row) + "\n" for row in change(rows)))
-    return target
-
-
-def test_bad_audio_stops_or_is_skipped_and_listed(
-    speech: dict[str, Path], cluster: dict[str, str], tmp_path: Path
+@pytest.mark.parametrize(
+    "change",
+    [
+        "seed=1", "optim.lr=0.5", "train.batch_size=4", "train.num_steps=9", "loss.top_k=8", "rollout.temperature=1",
+        "teacher.dtype=bfloat16", "cluster.ranks_per_node=1",
+    ],
+)  # fmt: skip
+def test_a_run_is_not_resumed_with_another_config(
+    jobs: dict[str, Future], folder: Path, speech: dict[str, Path], change: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "broken.wav").write_bytes(b"RIFFnothing")
+    finished(jobs, "unbroken")
+    assert main([*command(speech, folder / "unbroken")[3:], change]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "this run cannot be resumed with a changed configuration: " + change.split("=")[0] + " was " in line
 
-    def spoil(rows: list[dict]) -> list[dict]:
-        rows[0]["audio"] = str(tmp_path / "broken.wav")
-        rows[1]["audio"] = str(tmp_path / "missing.wav")
-        return rows[:8]
 
-    manifest = rewritten(speech["unlabelled"], tmp_path / "spoilt.jsonl", spoil)
-    arguments = [f"data.train_manifest={manifest}", *ONE_RANK, "train.num_steps=14", "data.eval_manifests={}"]
-    stopped, skipped = run_together(
-        [
-            command(speech, tmp_path / "stop", *arguments),
-            command(speech, tmp_path / "skip", *arguments, "data.on_bad_audio=skip"),
-        ],
-        cluster,
-    )
-    assert stopped.returncode == 1
-    assert stopped.stderr.splitlines()[-1].startswith("error:")
-    assert ".wav" in stopped.stderr.splitlines()[-1]
-    assert metrics(tmp_path / "stop") == []
-    # Two of eight: more than data.max_bad_share allows, which is looked at once a hundred utterances were seen.
-    assert skipped.returncode == 1
-    assert "above data.max_bad_share=0.02" in skipped.stderr.splitlines()[-1]
-    assert len(metrics(tmp_path / "skip")) == 12
-    listed = [json.loads(line) for line in (tmp_path / "skip" / "bad_audio.jsonl").read_text().splitlines()]
-    assert {Path(row["audio"]).name for row in listed} == {"broken.wav", "missing.wav"}
-    assert len(listed) == 2 * 13
-    assert all(row["reason"] for row in listed)
+def test_bad_audio_stops_or_is_skipped_and_listed(jobs: dict[str, Future], folder: Path) -> None:
+    assert "error: audio of utterance " in (line := last_error(jobs["stop"].result()))
+    assert line.count(".wav") >= 1
+    assert metrics(folder / "stop") == []
+    # Four of eight: more than data.max_bad_share allows, which is looked at once a hundred utterances were seen.
+    line = last_error(jobs["skip"].result())
+    assert "50.0% of the utterances seen so far are bad audio, above data.max_bad_share=0.02" in line
+    assert len(metrics(folder / "skip")) == 12
+    listed = [json.loads(line) for line in (folder / "skip" / "bad_audio.jsonl").read_text().splitlines()]
+    assert len(listed) == 4 * 13
+    reasons = {Path(row["audio"]).stem: row["reason"] for row in listed}
+    assert reasons.keys() == {"broken", "missing", "short", "long"}
+    assert "is too short (0.0125 s, needs more than 0.0125 s)" in reasons["short"]
+    assert "is too long (6.00 s, at most 5 s)" in reasons["long"]
+    assert all("cannot be read" in reasons[name] for name in ("broken", "missing"))
 
 
 def test_a_step_that_is_not_finite_stops_with_the_utterances(
-    speech: dict[str, Path], cluster: dict[str, str], tmp_path: Path
+    jobs: dict[str, Future], folder: Path, speech: dict[str, Path]
 ) -> None:
-    overrides = ["optim.lr=1e30", "optim.warmup_steps=0", "checkpoint.checkpoint_every=100", "data.eval_manifests={}"]
-    overrides += ONE_RANK
-    result = run(command(speech, tmp_path / "run", *overrides), cluster)
-    assert result.returncode == 1
-    line = result.stderr.splitlines()[-1]
+    line = last_error(jobs["not_finite"].result())
     assert "error: step 2: the loss or the gradient is not finite, nothing was updated" in line
     ids = [json.loads(row)["id"] for row in speech["unlabelled"].read_text().splitlines()]
     assert sum(f"{name}" in line for name in ids) >= 8
-    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert not list((folder / "not_finite" / "checkpoints").glob("step-*"))
 
 
-def test_a_cluster_that_is_too_small_is_refused(
-    speech: dict[str, Path], cluster: dict[str, str], tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("few_cpus", "the Ray cluster has 8 CPUs, this recipe needs 16.5 (2 student ranks, 1 teacher workers)"),
+        ("no_gpu", "the Ray cluster has 0 GPUs, this recipe needs 3"),
+        ("no_overlap", "student and teacher share none of their "),
+    ],
+)
+def test_what_only_the_cluster_or_the_models_can_tell_is_refused(
+    jobs: dict[str, Future], folder: Path, name: str, message: str
 ) -> None:
-    few_cpus, no_gpu = run_together(
-        [
-            command(speech, tmp_path / "cpu", "cluster.cpus_per_rank=8"),
-            command(speech, tmp_path / "gpu", "cluster.use_gpu=true"),
-        ],
-        cluster,
-    )
-    for result, message in ((few_cpus, "4 CPUs, this recipe needs 16.5"), (no_gpu, "0 GPUs")):
-        assert result.returncode == 1
-        line = result.stderr.strip().splitlines()[-1]
-        assert line.startswith("error: the Ray cluster has")
-        assert message in line
+    assert last_error(jobs[name].result()).startswith(f"error: {message}")
+    assert metrics(folder / name) == []
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.train_manifest=nowhere.jsonl"], "nowhere.jsonl"),
+        (["optim.lrr=1"], "unknown key optim.lrr; did you mean optim.lr?"),
+        (["recipe=tinny"], "recipe=tinny: unknown recipe; there are ark06b, "),
+        (["print_config=yes"], "print_config=yes: must be true or false"),
+        (["data.train_manifest=nowhere.jsonl"], "manifest nowhere.jsonl cannot be read (No such file or directory)"),
         (["data.train_manifest=synthetic:nothing"], "synthetic:nothing"),
-        (["run_dir=/proc/nothing/run"], "/proc/nothing"),
+        (["run_dir=/proc/nothing/run"], "run_dir=/proc/nothing/run: it cannot be made or written"),
         (["teacher.kind=qwen3_asr"], "teacher.kind=qwen3_asr"),
         (["student.path=nowhere"], "nowhere"),
     ],
@@ -348,18 +333,43 @@ def test_a_cluster_that_is_too_small_is_refused(
 def test_bad_input_is_one_line_before_anything_starts(
     overrides: list[str], message: str, speech: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from opd.train import main
-
     assert main([*command(speech, tmp_path / "run")[3:], *overrides]) == 1
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("error: ")
-    assert message in lines[0]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"audio": "a.wav"', ":1: not a JSON object in UTF-8"),
+        ('{"text": "one"}', ":1: lacks `audio`"),
+        ('{"audio": "a.wav", "task": "s2tt"}', ":1: `task` is 's2tt', but only 'asr' is supported"),
+        ('{"audio": "a.wav", "begin_time": 3, "end_time": 1}', ":1: `begin_time` 3.0 is not before `end_time` 1.0"),
+        ("", " has no utterances"),
+    ],
+)
+def test_a_bad_manifest_is_one_line_with_its_place(
+    content: str, message: str, speech: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = tmp_path / "bad.jsonl"
+    manifest.write_text(content)
+    assert main([*command(speech, tmp_path / "run")[3:], f"data.train_manifest={manifest}"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert f"{manifest}{message}" in line
+
+
+def test_the_run_directory_of_another_recipe_is_refused(
+    jobs: dict[str, Future], folder: Path, speech: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished(jobs, "unbroken")
+    assert main(command(speech, folder / "unbroken", recipe="tiny_student")[3:]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "this run belongs to recipe 'tiny', not to 'tiny_student'; choose another run_dir" in line
 
 
 def test_print_config_runs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    from opd.train import main
-
     assert main(["recipe=ark3b", "print_config=true", "optim.lr=3e-6"]) == 0
     printed = capsys.readouterr().out
     assert "lr: 3.0e-06" in printed

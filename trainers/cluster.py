@@ -25,15 +25,14 @@ def connect(cluster: ClusterConfig) -> None:
     env = verl_env(cluster.use_gpu)
     options: dict[str, Any] = {"runtime_env": {"env_vars": env}, "log_to_driver": False, "logging_level": "WARNING"}
     if not os.environ.get("RAY_ADDRESS"):
+        # "local": a head that somebody started on this machine is not joined unasked, and Ray would refuse num_cpus for it.
         # Ray counts the machine's cores; the dashboard costs seconds and nobody looks at a local one.
-        options |= {"include_dashboard": False, "num_cpus": max(os.cpu_count() or 1, 2)}
+        options |= {"address": "local", "include_dashboard": False, "num_cpus": max(os.cpu_count() or 1, 2)}
     ray.init(**options)
 
 
-def check_resources(cluster: ClusterConfig, with_student: bool, with_teacher: bool) -> None:
-    """Raises ValueError where the cluster has too few CPUs or GPUs for what the config asks."""
-    ranks = cluster.num_nodes * cluster.ranks_per_node if with_student else 0
-    teachers = cluster.num_teachers if with_teacher else 0
+def check_resources(cluster: ClusterConfig, ranks: int, teachers: int) -> None:
+    """Raises ValueError where the cluster has too few CPUs or GPUs for this many student ranks and teacher workers."""
     needed = {"CPU": ranks * cluster.cpus_per_rank + teachers * cluster.cpus_per_teacher}
     if cluster.use_gpu:
         needed["GPU"] = ranks * cluster.gpus_per_rank + teachers * cluster.gpus_per_teacher

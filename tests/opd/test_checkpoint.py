@@ -69,7 +69,8 @@ def test_save_and_load(run: RunDir) -> None:
     assert run.load_loop_state(500) == {"step": 500, "sampler": {"position": 3}}
     marker = json.loads((path / "COMPLETE").read_text())
     assert marker["files"]["model.bin"] == len("weights")
-    assert set(marker["files"]) == {"model.bin", "optim/rank0.bin", "loop_state.json"}
+    assert set(marker["files"]) == {"model.bin", "optim/rank0.bin", "loop_state.json", "config.yaml"}
+    assert yaml.safe_load((path / "config.yaml").read_text()) == yaml.safe_load((run.path / "config.yaml").read_text())
     assert json.loads((run.checkpoints_dir / "latest.json").read_text()) == {"step": 500, "path": "step-000500"}
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
-from opd.config import Config, config_from_dict, describe, list_recipes, load_config
+from opd.config import RECIPES_DIR, Config, config_from_dict, describe, list_recipes, load_config, take_flag
 
 
 @pytest.mark.parametrize("name", list_recipes())
@@ -16,6 +17,18 @@ def test_every_shipped_recipe_loads(name: str) -> None:
     assert config.recipe_name == name
     assert config_from_dict(config.to_dict()) == config
     assert "#" not in str(config.to_dict()), "a comment without a space before it is part of the value"
+
+
+@pytest.mark.parametrize("name", ["ark06b", "ark06b_one_gpu", "ark3b"])
+def test_a_recipe_of_full_size_explains_each_key_and_says_how_its_teacher_runs(name: str) -> None:
+    lines = (RECIPES_DIR / f"{name}.yaml").read_text().splitlines()
+    bare = [line for line in lines if re.match(r"\s*\w+: *[^#\s]", line) and " # " not in line]
+    assert bare == []
+    config = load_config([f"recipe={name}"])
+    assert (config.loss.top_k, config.train.batch_size // config.num_ranks) == (32, 40)
+    assert config.num_ranks == config.num_teachers == (1 if name.endswith("one_gpu") else 24)
+    assert config.teacher.python_path == ".venv-teacher/bin/python", "verl's transformers has no Qwen3-ASR"
+    assert config.cluster.gpus_per_rank + config.cluster.gpus_per_teacher <= 1
 
 
 def test_overrides_win_over_the_recipe() -> None:
@@ -81,3 +94,18 @@ def test_print_config_shows_each_key_with_its_meaning() -> None:
             assert any(line.strip().startswith(f"{g.name}:") and g.metadata["meaning"] in line for line in lines), (
                 g.name
             )
+
+
+def test_a_flag_is_true_or_false_and_nothing_else() -> None:
+    assert take_flag(["recipe=tiny", "print_config=true"], "print_config") == (True, ["recipe=tiny"])
+    assert take_flag(["--print_config=true", "recipe=tiny"], "print_config") == (True, ["recipe=tiny"])
+    assert take_flag(["recipe=tiny", "print_config=false"], "print_config") == (False, ["recipe=tiny"])
+    for wrong in ("print_config=yes", "print_config", "print_config="):
+        with pytest.raises(ValueError, match="must be true or false"):
+            take_flag(["recipe=tiny", wrong], "print_config")
+
+
+def test_teachers_are_counted_over_all_routes() -> None:
+    routes = "teacher.routes={zh: {match: {language: zh}, num_workers: 3}, rest: {}}"
+    assert load_config(["recipe=tiny", routes]).num_teachers == 3 + 2
+    assert load_config(["recipe=tiny"]).num_teachers == 2

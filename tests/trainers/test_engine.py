@@ -89,24 +89,44 @@ def one_step(config: Config, manifest: Path, micro_size: int, engine_class: type
     return totals, engine.full_state_dict()
 
 
+@pytest.fixture(scope="module")
+def one_batch(tiny_dir: Path, speech: dict[str, Path]) -> tuple[dict, dict]:
+    """Totals and weights of a step whose eight utterances are one micro-batch on one rank."""
+    return run_ranks(1, one_step, spread_config(tiny_dir), speech["train"], 8, FSDP2Engine)[0]
+
+
+def spread_config(path: Path, stage: str = "sft", **sections: dict[str, Any]) -> Config:
+    """A large epsilon: Adam's first step divides a gradient by its own size, which makes its rounding error visible."""
+    return make_config(path, stage, optim={"lr": 1e-3, "eps": 1e-3}, **sections)
+
+
 @pytest.mark.parametrize(
     ("ranks", "micro_size", "engine_class"), [(1, 2, FSDP2Engine), (2, 4, LayeredEngine), (2, 1, FSDP2Engine)]
 )
 def test_one_step_is_the_same_however_it_is_spread(
-    tiny_dir: Path, speech: dict[str, Path], ranks: int, micro_size: int, engine_class: type
+    tiny_dir: Path, speech: dict[str, Path], one_batch: tuple, ranks: int, micro_size: int, engine_class: type
 ) -> None:
-    config = make_config(tiny_dir, optim={"lr": 1e-3, "eps": 1e-3})
-    totals, state = run_ranks(1, one_step, config, speech["train"], 8, FSDP2Engine)[0]
-    other_totals, other_state = run_ranks(ranks, one_step, config, speech["train"], micro_size, engine_class)[0]
-    for name in ("loss", "grad_norm", "positions", "ce", "ctc"):
-        assert other_totals[name] == pytest.approx(totals[name], rel=1e-5), name
-    assert state.keys() == other_state.keys()
-    for name, tensor in state.items():
-        torch.testing.assert_close(other_state[name], tensor, atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+    config = spread_config(tiny_dir)
+    other = run_ranks(ranks, one_step, config, speech["train"], micro_size, engine_class)[0]
+    assert_same_step(other, one_batch, ("loss", "grad_norm", "positions", "ce", "ctc"))
 
 
-def opd_step(config: Config, student_path: Path, manifest: Path, micro_size: int) -> dict[str, float]:
-    """One OPD step of a student against itself or another teacher, in this process group."""
+def assert_same_step(other: tuple[dict, dict], expected: tuple[dict, dict], names: tuple[str, ...]) -> None:
+    """Two steps (totals, weights) agree to 1e-5: totals relative to their size, weights as they are."""
+    totals = {n: abs(other[0][n] - expected[0][n]) / max(abs(expected[0][n]), 1e-30) for n in names}
+    weights = {}
+    assert other[1].keys() == expected[1].keys()
+    for name, tensor in expected[1].items():
+        weights[name] = float((other[1][name] - tensor).abs().max())
+    print(
+        {name: f"{value:.1e}" for name, value in totals.items()}, f"weights {max(weights.values()):.1e}"
+    )  # pytest -rP
+    assert max(totals.values()) < 1e-5, totals
+    assert max(weights.values()) < 1e-5, max(weights, key=weights.__getitem__)
+
+
+def opd_step(config: Config, student_path: Path, manifest: Path, micro_size: int) -> tuple[dict, dict]:
+    """Totals and weights of one OPD step of a student against itself or another teacher, in this process group."""
     engine = start(config)
     utterances = read_manifest(manifest)[:8]
     share = len(utterances) // engine.world_size
@@ -136,26 +156,27 @@ def opd_step(config: Config, student_path: Path, manifest: Path, micro_size: int
             micros[-1].inputs["input_ids"][:, -written.shape[1] :][written], part.response_ids_BT[written]
         )
     with engine.train_mode():
-        return engine.train_batch(micros, opd_objective(config.loss, blocked_V, tokenizer.eos_token_id))
+        totals = engine.train_batch(micros, opd_objective(config.loss, blocked_V, tokenizer.eos_token_id))
+    return totals, engine.full_state_dict()
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd", "sampled_kl", "full_kl"])
 def test_a_teacher_equal_to_the_student_gives_no_loss(tiny_dir: Path, speech: dict[str, Path], kind: str) -> None:
     config = make_config(tiny_dir, "opd", loss={"kind": kind, "top_k": 8})
-    totals = run_ranks(1, opd_step, config, tiny_dir, speech["unlabelled"], 4)[0]
+    totals, _ = run_ranks(1, opd_step, config, tiny_dir, speech["unlabelled"], 4)[0]
     assert abs(totals["loss"]) < 1e-5
     assert totals["grad_norm"] < 1e-4
     assert totals["overlap"] / totals["positions"] == pytest.approx(1.0)
 
 
-def test_opd_step_is_the_same_on_one_and_two_ranks(tiny_dir: Path, speech: dict[str, Path], tmp_path: Path) -> None:
+def test_opd_step_is_the_same_however_it_is_spread(tiny_dir: Path, speech: dict[str, Path], tmp_path: Path) -> None:
     other = create_seed(tmp_path / "teacher", sizes=SIZES, corpus=CORPUS, vocab_size=360, seed=9)
-    config = make_config(tiny_dir, "opd", teacher={"path": str(other)})
+    config = spread_config(tiny_dir, "opd", teacher={"path": str(other)})
     one = run_ranks(1, opd_step, config, tiny_dir, speech["unlabelled"], 8)[0]
-    two = run_ranks(2, opd_step, config, tiny_dir, speech["unlabelled"], 2)[0]
-    assert one["loss"] > 0.01
-    for name in ("loss", "grad_norm", "positions", "support_size", "overlap", "student_mass", "teacher_mass", "ends"):
-        assert two[name] == pytest.approx(one[name], rel=1e-5), name
+    assert one[0]["loss"] > 0.01
+    names = ("loss", "grad_norm", "positions", "support_size", "overlap", "student_mass", "teacher_mass", "ends")
+    for ranks, micro_size in ((1, 2), (2, 2)):
+        assert_same_step(run_ranks(ranks, opd_step, config, tiny_dir, speech["unlabelled"], micro_size)[0], one, names)
 
 
 def train_and_save(config: Config, manifest: Path, folder: Path, steps: tuple[int, int]) -> dict[str, torch.Tensor]:

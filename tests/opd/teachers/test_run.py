@@ -6,45 +6,24 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from main_job import ROOT, command, environment, last_error, run, start, wait_for_step
 from tiny_teachers import GLM_PROMPT
 
-ROOT = Path(__file__).resolve().parents[3]
 TEACHER_PYTHON = ROOT / ".venv-teacher" / "bin" / "python"
 SMALL = [
-    "train.batch_size=8", "train.micro_batch_size=4", "train.log_every=1", "checkpoint.checkpoint_every=100",
-    "optim.warmup_steps=1", "cluster.ranks_per_node=1", "cluster.num_teachers=1", "wandb.mode=disabled",
-]  # fmt: skip
+    "train.micro_batch_size=4",
+    "checkpoint.checkpoint_every=100",
+    "optim.warmup_steps=1",
+    "cluster.ranks_per_node=1",
+]
 
 
-def command(recipe: str, speech: dict[str, Path], run_dir: Path, *overrides: str) -> list[str]:
-    data = [f"data.train_manifest={speech['unlabelled']}", f"data.eval_manifests={{held_out: {speech['eval']}}}"]
-    return [sys.executable, "-m", "opd.train", f"recipe={recipe}", *SMALL, *data, f"run_dir={run_dir}", *overrides]
-
-
-def start(arguments: list[str], tmp: Path) -> subprocess.Popen[str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "VERL_", "WANDB_", "PYTHONPATH"))}
-    env = kept | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "HF_HOME": str(tmp / "hf")}
-    return subprocess.Popen(
-        arguments,
-        env=env,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def run(arguments: list[str], tmp: Path) -> tuple[int, str]:
-    process = start(arguments, tmp)
-    printed, _ = process.communicate(timeout=300)
-    return process.returncode, printed
+def small(recipe: str, speech: dict[str, Path], run_dir: Path, *overrides: str) -> list[str]:
+    return command(speech, run_dir, *SMALL, *overrides, recipe=recipe)
 
 
 def steps_of(run_dir: Path) -> list[dict]:
@@ -53,7 +32,7 @@ def steps_of(run_dir: Path) -> list[dict]:
 
 
 def test_two_teachers_in_two_environments_share_a_batch(
-    speech: dict[str, Path], glm_dir: Path, other_python: Path, tmp_path: Path
+    speech: dict[str, Path], cluster: dict[str, str], glm_dir: Path, other_python: Path, tmp_path: Path
 ) -> None:
     """GLM-ASR (kind hf) scores the utterances that a manifest field sends to it, ARK-ASR the others."""
     rows = [json.loads(line) for line in speech["unlabelled"].read_text().splitlines()]
@@ -70,8 +49,8 @@ def test_two_teachers_in_two_environments_share_a_batch(
     }  # fmt: skip
     overrides = [f"data.train_manifest={manifest}", f"teacher.routes={json.dumps(routes)}", "train.num_steps=2"]
     run_dir = tmp_path / "run"
-    status, printed = run(command("tiny", speech, run_dir, *overrides), tmp_path)
-    assert status == 0, printed[-3000:]
+    result = run(small("tiny", speech, run_dir, *overrides), cluster)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     steps = steps_of(run_dir)
     assert len(steps) == 2
     for line in steps:
@@ -83,15 +62,13 @@ def test_two_teachers_in_two_environments_share_a_batch(
     assert summary["eval"]["held_out"]["teacher"]["wer"] < 0.3, "the evaluation set goes to the trained teacher"
 
 
-def test_a_teacher_that_is_killed_ends_the_run_with_the_reason(speech: dict[str, Path], tmp_path: Path) -> None:
+def test_a_teacher_that_is_killed_ends_the_run_with_the_reason(
+    speech: dict[str, Path], cluster: dict[str, str], tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     overrides = ["train.num_steps=500", "eval.teacher=false", "checkpoint.checkpoint_every=2"]
-    process = start(command("tiny", speech, run_dir, *overrides), tmp_path)
-    deadline = time.monotonic() + 240
-    while not (run_dir / "metrics.jsonl").exists() or '"step": 3,' not in (run_dir / "metrics.jsonl").read_text():
-        assert process.poll() is None, process.stdout.read() if process.stdout else ""
-        assert time.monotonic() < deadline, "no third step within 240 s"
-        time.sleep(0.02)
+    process = start(small("tiny", speech, run_dir, *overrides), cluster)
+    wait_for_step(process, run_dir, 3)
     os.kill(json.loads((run_dir / "workers.json").read_text())["teacher"][0], signal.SIGKILL)
     killed = time.monotonic()
     printed, _ = process.communicate(timeout=120)
@@ -104,18 +81,16 @@ def test_a_teacher_that_is_killed_ends_the_run_with_the_reason(speech: dict[str,
 
 
 def test_a_package_that_breaks_in_the_teachers_environment_is_named(
-    speech: dict[str, Path], other_python: Path, tmp_path: Path
+    speech: dict[str, Path], cluster: dict[str, str], other_python: Path, tmp_path: Path
 ) -> None:
     site = next(other_python.parents[1].glob("lib/python*/site-packages"))
     (site / "soundfile.py").write_text("raise OSError('no sound library on this machine')\n")
     try:
         overrides = [f"teacher.python_path={other_python}", "train.num_steps=1", "data.eval_manifests={}"]
-        status, printed = run(command("tiny", speech, tmp_path / "run", *overrides), tmp_path)
+        result = run(small("tiny", speech, tmp_path / "run", *overrides), cluster)
     finally:
         (site / "soundfile.py").unlink()
-    assert status == 1
-    line = printed.splitlines()[-1]
-    assert line == "error: the teacher to load failed: OSError: no sound library on this machine"
+    assert last_error(result) == "error: the teacher to load failed: OSError: no sound library on this machine"
 
 
 @pytest.mark.parametrize(
@@ -134,7 +109,7 @@ def test_what_no_teacher_can_take_is_said_before_anything_starts(
 ) -> None:
     from opd.train import main
 
-    assert main([*command("tiny", speech, tmp_path / "run")[3:], *overrides]) == 1
+    assert main([*small("tiny", speech, tmp_path / "run")[3:], *overrides]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
@@ -145,8 +120,8 @@ def test_what_no_teacher_can_take_is_said_before_anything_starts(
 def test_qwen3_asr_teaches_from_its_own_environment(speech: dict[str, Path], tmp_path: Path) -> None:
     assert TEACHER_PYTHON.exists(), "make teacher-env"
     run_dir = tmp_path / "run"
-    status, printed = run(command("tiny_qwen3", speech, run_dir, "train.num_steps=2"), tmp_path)
-    assert status == 0, printed[-3000:]
+    result = run(small("tiny_qwen3", speech, run_dir, "train.num_steps=2"), environment(tmp_path))
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     for line in steps_of(run_dir):
         assert all(math.isfinite(value) for value in line.values())
         assert line["align/coverage"] > 0.95

@@ -1,0 +1,86 @@
+"""Nothing is waited for without a limit, and what was waited for is said."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from main_job import ROOT
+from ranks import run_ranks
+
+from trainers.base_engine import init_process_group
+
+PROGRAM = """
+import os, time
+import ray
+from opd.remote import wait
+from opd.schema import ClusterConfig
+from trainers.env import set_verl_env
+set_verl_env(use_gpu=False)
+from trainers.cluster import StudentPool, connect
+
+cluster = ClusterConfig(ranks_per_node=2, cpus_per_rank=5, placement_timeout_s=1)
+connect(cluster)
+
+@ray.remote(num_cpus=0)
+def sleep():
+    time.sleep(600)
+
+@ray.remote(num_cpus=0)
+class Dying:
+    def die(self):
+        os._exit(1)
+
+def refuse():
+    raise ValueError("nothing to mend")
+
+for call in (
+    lambda: StudentPool(cluster).get_placement_groups(),
+    lambda: wait([sleep.remote()], "the rollout of step 3", 0.5),
+    lambda: wait([sleep.remote(), Dying.remote().die.remote()], "the update of step 3", 60),
+    lambda: wait(ray.remote(num_cpus=0)(refuse).remote(), "the teacher to load", 60),
+):
+    try:
+        call()
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_placement_calls_and_dead_workers(cluster: dict[str, str]) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=cluster, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    placement, call, dead, mendable = result.stdout.splitlines()
+    assert placement.startswith(
+        "TimeoutError waited 1 s for Ray to place 2 student ranks ({'CPU': 5} each); free now: "
+    )
+    assert placement.endswith("raise cluster.placement_timeout_s or free resources")
+    assert call == "TimeoutError waited 0.5 s for the rollout of step 3; the limits are cluster.*_timeout_s"
+    assert dead.startswith("RuntimeError a worker died during the update of step 3: ")
+    assert dead.endswith("start again with resume=auto to go on")
+    assert mendable == "ValueError nothing to mend"
+
+
+def wait_for_the_other_rank() -> float:
+    """Rank 1 never comes to the reduction; rank 0 says how long it waited for it."""
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    init_process_group(2.0, use_gpu=False)
+    began = time.monotonic()
+    if rank == 1:
+        time.sleep(5)
+        return 0.0
+    with pytest.raises(RuntimeError, match="(?i)timed out"):
+        dist.all_reduce(torch.ones(1))
+    return time.monotonic() - began
+
+
+def test_a_collective_ends_after_its_limit() -> None:
+    waited = run_ranks(2, wait_for_the_other_rank)[0]
+    assert 1.5 < waited < 4.5
