@@ -25,7 +25,7 @@ from data.synthetic import DIGITS, TRAINING_VOICES
 from opd.export import load_model, load_processor, save_arkasr
 
 ROOT = Path(__file__).resolve().parent.parent
-VERSIONS = ("4.57.6", "5.10.4", "5.23.0")  # the oldest that is supported, verl's, the newest tested
+VERSIONS = ("4.57.6", "5.10.4", "5.24.0")  # the oldest that is supported, verl's, the newest tested
 NUM_CLIPS, NUM_LONG = 8, 42  # utterances by themselves, and in the recording of 70 s
 PAUSE = 0.1  # seconds before and after each utterance, as the tiny teacher was trained
 WINDOW = 2.6  # seconds; an utterance is longer than half of it, so a window holds just one
