@@ -18,6 +18,10 @@ def key_values(arguments: Iterable[str], known: Collection[str]) -> dict[str, st
     return values
 
 
+def wants_help(arguments: Collection[str]) -> bool:
+    return not {"-h", "--help"}.isdisjoint(arguments)
+
+
 def one_of(values: dict[str, str], key: str, *choices: str) -> str:
     """The value of `key`, by default the first choice. Raises ValueError that lists the choices."""
     value = values.get(key, choices[0])

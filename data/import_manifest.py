@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from data.command_line import key_values, one_of
+from data.command_line import key_values, one_of, wants_help
 from data.import_audio import AudioStore, Skipped
 from data.import_columns import Columns
 from data.import_kaldi import read_kaldi
@@ -232,6 +232,9 @@ def parse_options(values: dict[str, str]) -> ImportOptions:
 
 def main(argv: Sequence[str]) -> int:
     """Command line; returns the exit status."""
+    if wants_help(argv):
+        print(__doc__)
+        return 0
     try:
         values = key_values(argv, _KEYS)
         for key in ("source", "out"):

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from data.checks import LEVELS, Checked, Limits, check_utterance
-from data.command_line import key_values, one_of
+from data.command_line import key_values, one_of, wants_help
 from data.manifest import parse_line, to_utterance
 from data.validation_report import Finding, Totals, print_report, write_report
 from opd.types import Utterance
@@ -171,6 +171,9 @@ def _seconds(values: dict[str, str], key: str, default: float) -> float:
 
 def main(argv: Sequence[str]) -> int:
     """Command line; returns the exit status."""
+    if wants_help(argv):
+        print(__doc__)
+        return 0
     try:
         options = [argument for argument in argv if "=" in argument and not os.path.exists(argument)]
         manifests = [argument for argument in argv if argument not in options]

@@ -127,10 +127,11 @@ class Journal:
         job.output.parent.mkdir(parents=True, exist_ok=True)
         if job.journal.exists() and not overwrite:
             self._read()
-        elif job.output.exists() and not overwrite:
+        if self.done:
+            return
+        if job.output.exists() and not overwrite:
             raise ValueError(f"{job.output}: exists and is no result of this command; choose another, or --overwrite")
-        else:
-            _write_lines(job.journal, [json.dumps({"settings": job.settings})])
+        _write_lines(job.journal, [json.dumps({"settings": job.settings})])
 
     def remaining(self) -> list[int]:
         """Lines that have no transcript yet; those that failed are tried again."""
@@ -158,15 +159,17 @@ class Journal:
 
     def _read(self) -> None:
         path, ours = self.job.journal, self.job.settings
-        header, *lines, torn = path.read_bytes().split(b"\n")  # the last line of a killed run may be torn
-        settings = parse_line(header, f"{path}:1").get("settings") or {}
+        *lines, torn = path.read_bytes().split(b"\n")  # the last line of a killed run may be torn
+        if len(lines) < 2:
+            return  # a run that did nothing: its model could not be loaded, say
+        settings = parse_line(lines[0], f"{path}:1").get("settings") or {}
         if settings != ours:
             different = sorted(key for key in ours if settings.get(key) != ours[key])
             raise ValueError(
                 f"{self.job.output}: is the result of another run ({', '.join(different)} differ); choose another "
                 "--output, or pass --overwrite to begin anew"
             )
-        for number, line in enumerate(lines, start=2):
+        for number, line in enumerate(lines[1:], start=2):
             outcome = Outcome(**parse_line(line, f"{path}:{number}"))
             self.done[outcome.line] = outcome
         if torn:

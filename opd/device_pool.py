@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import queue
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -64,6 +67,7 @@ def _next_result(results: Any, processes: list[Any]) -> list[Outcome]:
 
 def _work(device: str, num_workers: int, model: ModelSettings, batch_size: int, tasks: Any, results: Any) -> None:
     """A worker process: takes batches until it gets None."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if device == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_workers))
     try:
@@ -72,3 +76,11 @@ def _work(device: str, num_workers: int, model: ModelSettings, batch_size: int, 
     except Exception as error:
         traceback.print_exc()
         results.put(([], f"{device}: {error}"))
+
+
+def _end_with_parent() -> None:
+    """Ends this process when its parent is gone: a killed parent cannot, and a worker would wait for batches for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "runs in a worker process"
+    wait([parent.sentinel])
+    os._exit(1)

@@ -17,7 +17,7 @@ import transformers
 import yaml
 from safetensors.torch import save_file
 
-from data.command_line import key_values
+from data.command_line import key_values, wants_help
 from opd.arkasr import (
     CODE_FILES,
     ArkasrConfig,
@@ -169,7 +169,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-# -- python -m opd.export run_dir=... [step=...] [out_dir=...] [push=...] -------------------------------------------------
+# -- python -m opd.export ----------------------------------------------------------------------------------------------
 
 CARD_ARGUMENTS = ("license", "base_model", "datasets", "languages")
 RUN_ARGUMENTS = ("run_dir", "step", "out_dir", *CARD_ARGUMENTS)
@@ -266,15 +266,20 @@ def _evaluation_within(run_dir: Path, config: Mapping[str, Any], step: int) -> d
     }
 
 
-def main(argv: list[str]) -> int:
-    """Command line; returns the exit status.
+USAGE = """python -m opd.export ...
 
-    run_dir=DIR [step=N] [out_dir=DIR]    exports a checkpoint
-        license=ID base_model=ORG/NAME datasets=ORG/A,ORG/B languages=en,de eval_dataset.SET=ORG/DATASET:TASK
-                                          what the model card says beside what the run knows (`opd.card`)
-        push=ORG/NAME [private=true] [revision=BRANCH]    and pushes it, after checks before the export (`opd.hub`)
-    folder=DIR push=ORG/NAME ...          pushes a finished export
-    """
+run_dir=DIR [step=N] [out_dir=DIR]    exports a checkpoint
+    license=ID base_model=ORG/NAME datasets=ORG/A,ORG/B languages=en,de eval_dataset.SET=ORG/DATASET:TASK
+                                      what the model card says beside what the run knows (`opd.card`)
+    push=ORG/NAME [private=true] [revision=BRANCH]    and pushes it, after checks before the export (`opd.hub`)
+folder=DIR push=ORG/NAME ...          pushes a finished export"""
+
+
+def main(argv: list[str]) -> int:
+    """Command line, as USAGE says; returns the exit status."""
+    if wants_help(argv):
+        print(USAGE)
+        return 0
     transformers.utils.logging.disable_progress_bar()
     try:
         arguments = _read_arguments(argv)

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from opd.batch_transcribe import Journal, ManifestJob, ModelSettings, Outcome, measure, plan_batches
 from opd.device_pool import outcomes_on
 from opd.results import SetResult, print_results, score_leaderboard_file, score_rows, summarise, write_leaderboard_file
-from opd.text import resolve_language
+from opd.text import normaliser_name, resolve_language
 from opd.transcribe import ATTENTION, DecodeSettings, default_devices
 from opd.types import DTYPES
 
@@ -254,6 +254,7 @@ def transcribe_main(argv: list[str]) -> int:
 
 def evaluate_command(args: argparse.Namespace) -> int:
     normaliser = "opd-basic-1" if args.disable_text_normalize else args.normaliser
+    normaliser_name(None, normaliser)  # raises for an unknown one, before hours of decoding
     board = args.leaderboard
     if board and args.dataset_ids and len(args.dataset_ids) != len(args.input):
         raise ValueError(f"--dataset_ids: {len(args.dataset_ids)} names for {len(args.input)} manifests; one for each")

@@ -46,6 +46,14 @@ class Checkpoint:
             ids = self.model.generate(**inputs, pad_token_id=self.tokenizer.pad_token_id, **options)
         return self.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
+    def encoder_calls(self, paths: list[Path]) -> int:
+        """How often a generation encodes the audio: once, as later steps find it in the cache."""
+        calls: list[None] = []
+        hook = self.model.audio_encoder.register_forward_hook(lambda *_: calls.append(None))
+        self.transcribe(paths)
+        hook.remove()
+        return len(calls)
+
 
 def main(export: str, audio_dir: str, out: str) -> None:
     torch.set_num_threads(1)
@@ -68,7 +76,13 @@ def main(export: str, audio_dir: str, out: str) -> None:
         "pipeline, batch": [result["text"] for result in pipe(paths, batch_size=BATCH_SIZE)],
         "pipeline, 70 s": [pipe(long, chunk_length_s=2.6, batch_size=BATCH_SIZE)["text"]],
     }
-    facts = {"transformers": transformers.__version__, "torch": torch.__version__, "sampled": sampled, "checks": checks}
+    facts = {
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "sampled": sampled,
+        "encoder_calls": sdpa.encoder_calls(clips),
+        "checks": checks,
+    }
     Path(out).write_text(json.dumps(facts, indent=2), encoding="utf-8")
 
 

@@ -18,6 +18,7 @@ from .modeling_arkasr import ArkasrForConditionalGeneration
 from .processing_arkasr import ArkasrProcessor
 
 WEIGHTS_FILE, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+MODEL_FILES, PROCESSOR_FILES = ("*.json", "model*.safetensors"), ("*.json", "*.jinja", "*.txt")
 STORED_DTYPES = ("F32", "F16", "BF16")
 LM_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 COMPARED_ROWS = 4096
@@ -35,7 +36,7 @@ def load_model(
     Raises ValueError naming file and tensors where some are missing, unexpected, of another shape or type, in two
     shards, or not where the index says; for a damaged file; and for an lm_head that differs from what it is tied to.
     """
-    folder = _local_folder(path)
+    folder = _local_folder(path, MODEL_FILES)
     config, shapes = _read_config(folder)
     stored = _read_headers(folder)
     _check_fit(folder, stored, shapes, config.tie_word_embeddings)
@@ -54,20 +55,23 @@ def load_model(
 
 
 def load_processor(path: str | os.PathLike) -> ArkasrProcessor:
-    """The processor of a folder (or Hub id)."""
-    name = os.fspath(path)
+    """The processor of a folder (or Hub id). Raises ValueError where there is none that ARK-ASR can use."""
+    folder = _local_folder(path, PROCESSOR_FILES)
     # Not ArkasrProcessor.from_pretrained: on its way through the Auto classes transformers would ask for
     # trust_remote_code, although no code of the folder is wanted here.
-    settings, _ = ArkasrProcessor.get_processor_dict(name)
-    return ArkasrProcessor(
-        WhisperFeatureExtractor.from_pretrained(name),
-        PreTrainedTokenizerFast.from_pretrained(name),
-        **{
-            key: settings[key]
-            for key in ("audio_token", "merge_factor", "audio_dtype", "chat_template")
-            if key in settings
-        },
-    )
+    try:
+        settings, _ = ArkasrProcessor.get_processor_dict(folder)
+        return ArkasrProcessor(
+            WhisperFeatureExtractor.from_pretrained(folder),
+            PreTrainedTokenizerFast.from_pretrained(folder),
+            **{
+                key: settings[key]
+                for key in ("audio_token", "merge_factor", "audio_dtype", "chat_template")
+                if key in settings
+            },
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: has no processor of ARK-ASR ({_one_line(error)})") from error
 
 
 # -- a checkpoint's files, checked before they are read ------------------------------------------------------------------
@@ -81,11 +85,11 @@ class _Stored(NamedTuple):
     dtype: str  # in the file's own words: F32, BF16, ...
 
 
-def _local_folder(path: str | os.PathLike) -> Path:
+def _local_folder(path: str | os.PathLike, files: tuple[str, ...]) -> Path:
     if os.path.isdir(path):
         return Path(path)
     try:
-        return Path(snapshot_download(os.fspath(path), allow_patterns=["*.json", "model*.safetensors"]))
+        return Path(snapshot_download(os.fspath(path), allow_patterns=list(files)))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{os.fspath(path)}: neither a folder nor a Hub repository that can be read here; check the path, or the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from .configuration_arkasr import ArkasrConfig
 from .modeling_audio import ArkasrAudioEncoder
 
 AUDIO_INPUTS = ("audios", "audio_mask", "audio_frames")
+# What transformers calls the key-value cache: `past_key_values` until 5.23, `cache` from 5.24 on. Both are taken here.
+CACHE = "cache" if "cache" in signature(Qwen2ForCausalLM.forward).parameters else "past_key_values"
 
 
 class ArkasrForConditionalGeneration(Qwen2ForCausalLM):
@@ -40,6 +43,7 @@ class ArkasrForConditionalGeneration(Qwen2ForCausalLM):
         audio_mask: torch.Tensor | None = None,
         audio_frames: tuple[torch.Tensor, torch.Tensor] | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Any | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits over the vocabulary, and the cache.
@@ -51,11 +55,13 @@ class ArkasrForConditionalGeneration(Qwen2ForCausalLM):
         audio_frames    instead of audios: what `audio_encoder.encode_frames` returned
         labels          (B, L), -100 where nothing is to be predicted; shifted by one inside
         logits_to_keep  last positions (int, 0 = all) or positions (tensor) that get logits
+        cache           another name of past_key_values
 
         Raises ValueError for audio that does not belong to the ids, and placeholders without audio.
         """
+        cache = past_key_values if cache is None else cache
         has_audio = audios is not None or audio_frames is not None
-        if has_audio or self._starts_with_placeholders(input_ids, past_key_values):
+        if has_audio or self._starts_with_placeholders(input_ids, cache):
             inputs_embeds = self._embed(input_ids, inputs_embeds, audios, audio_mask, audio_frames)
             input_ids = None
         if position_ids is None and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
@@ -65,11 +71,11 @@ class ArkasrForConditionalGeneration(Qwen2ForCausalLM):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
+            **{CACHE: cache},
             **kwargs,
         )
 
@@ -78,20 +84,22 @@ class ArkasrForConditionalGeneration(Qwen2ForCausalLM):
         input_ids: torch.Tensor,
         past_key_values: Any | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        cache: Any | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As in transformers, with the audio taken out once its rows are in the cache."""
+        cache = past_key_values if cache is None else cache
         inputs = super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+            input_ids, inputs_embeds=inputs_embeds, **{CACHE: cache}, **kwargs
         )
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+        if cache is not None and cache.get_seq_length() > 0:
             for name in AUDIO_INPUTS:
                 inputs.pop(name, None)
         return inputs
 
-    def _starts_with_placeholders(self, input_ids: torch.Tensor | None, past_key_values: Any | None) -> bool:
+    def _starts_with_placeholders(self, input_ids: torch.Tensor | None, cache: Any | None) -> bool:
         """Whether a prompt (nothing cached yet) has placeholders. Later steps are not looked at: it costs a sync."""
-        if input_ids is None or (past_key_values is not None and past_key_values.get_seq_length() > 0):
+        if input_ids is None or (cache is not None and cache.get_seq_length() > 0):
             return False
         return bool((input_ids == self.config.audio_token_id).any())
 

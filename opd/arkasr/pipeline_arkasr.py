@@ -71,7 +71,7 @@ class ArkasrPipeline(ChunkPipeline):
         """The windows of a clip: {"samples": float32 (S,), "is_last": ...}."""
         extractor = self.processor.feature_extractor
         rate = extractor.sampling_rate
-        source, own_rate = _source(input_, sampling_rate or rate)
+        source, own_rate = _source(input_, rate if sampling_rate is None else sampling_rate)
         samples = check_waveform(load_waveform(source, rate, own_rate), extractor.n_fft // 2, "audio")
         windows = cut_at_silences(samples, rate, extractor.chunk_length if chunk_length_s is None else chunk_length_s)
         for start, stop in windows:
@@ -108,7 +108,8 @@ def _source(given: Any, rate: int) -> tuple[Any, int]:
     found = [given[key] for key in SOURCES if given.get(key) is not None]
     if not found:
         raise ValueError(f"audio: the dictionary has none of {', '.join(SOURCES)} but {', '.join(map(str, given))}")
-    return _source(found[0], given.get("sampling_rate") or rate)
+    own_rate = given.get("sampling_rate")
+    return _source(found[0], rate if own_rate is None else own_rate)
 
 
 __all__ = ["ArkasrPipeline"]

@@ -234,7 +234,8 @@ class ArkasrProcessor(ProcessorMixin):
             source = decode_base64(source, where)
         elif isinstance(source, (str, os.PathLike)):
             return self._load_audio_file(source, rate, offset, duration)
-        return load_waveform(source, rate, part.get("sampling_rate") or array_rate, offset, duration, where)
+        own_rate = part.get("sampling_rate")
+        return load_waveform(source, rate, array_rate if own_rate is None else own_rate, offset, duration, where)
 
     # The next three are what scripts written for the published remote code call.
 

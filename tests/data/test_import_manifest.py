@@ -557,6 +557,11 @@ def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.Capt
     assert message in capsys.readouterr().err
 
 
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert "python -m data.import_manifest source=PATH out=manifest.jsonl" in capsys.readouterr().out
+
+
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "data.import_manifest", *arguments]
 

@@ -429,6 +429,11 @@ def test_warnings_fail_only_when_asked(tmp_path: Path, capsys: pytest.CaptureFix
     assert main([path, "max_seconds=0.5"]) == 1
 
 
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["set.jsonl", "-h"]) == 0
+    assert "python -m data.validate manifest.jsonl [more.jsonl ...]" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

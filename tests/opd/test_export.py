@@ -288,6 +288,11 @@ def test_a_run_without_a_summary(run_dir, tmp_path):
     assert "value: 21.0" not in text
 
 
+def test_help(capsys):
+    assert main(["--help"]) == 0
+    assert "push=ORG/NAME [private=true] [revision=BRANCH]" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

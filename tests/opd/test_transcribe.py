@@ -13,6 +13,7 @@ from typing import Any
 
 import jiwer
 import numpy as np
+import psutil
 import pytest
 import soundfile
 import torch
@@ -194,6 +195,16 @@ def test_journal_of_other_settings_is_refused(tmp_path: Path) -> None:
     assert Journal(make_job(tmp_path, max_new_tokens=5), overwrite=True).remaining() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("left", [None, b"", b'{"settings": {"manif'])
+def test_a_run_that_did_nothing_is_in_nobodys_way(tmp_path: Path, left: bytes | None) -> None:
+    """As after a model that could not be loaded."""
+    job = Journal(make_job(tmp_path)).job
+    if left is not None:
+        job.journal.write_bytes(left)
+    Journal(make_job(tmp_path, max_new_tokens=5)).add([Outcome(0, "one", "one")])
+    assert Journal(make_job(tmp_path, max_new_tokens=5)).remaining() == [1, 2, 3]
+
+
 def test_a_file_of_another_origin_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out.jsonl").write_text("precious\n")
     with pytest.raises(ValueError, match="exists and is no result of this command"):
@@ -234,21 +245,25 @@ def test_infer_command_of_the_model_card(tmp_path: Path, speech: dict[str, Path]
 
 
 def test_killed_inference_goes_on(tmp_path: Path, speech: dict[str, Path], alone: list[str]) -> None:
-    """SIGKILL half-way; run again, the output is complete, and nothing was decoded twice."""
+    """SIGKILL half-way; the workers end too; run again, the output is complete, and nothing was decoded twice."""
     source = tmp_path / "many.jsonl"
     rows = [row | {"audio": utterance.audio} for row, utterance in read_rows(speech["eval"])]
     source.write_text("".join(json.dumps(row | {"id": f"{n}/{row['id']}"}) + "\n" for n in range(20) for row in rows))
     output = tmp_path / "out.jsonl"
     journal = tmp_path / "out.jsonl.journal"
     arguments = [str(a) for a in (INFER, "--model_path", TEACHER, "--input", source, "--output", output)]
-    process = subprocess.Popen([sys.executable, *arguments, "--batch_size", "4"], stderr=subprocess.DEVNULL)
+    arguments += ["--batch_size", "4", "--devices", "cpu,cpu"]
+    process = subprocess.Popen([sys.executable, *arguments], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (journal.exists() and journal.read_bytes().count(b"\n") > 40):
         assert process.poll() is None, "ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) >= 2
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+    assert psutil.wait_procs(workers, timeout=30)[1] == []
     assert not output.exists()
     kept = journal.read_bytes().rpartition(b"\n")[0]
     ended = command(INFER, "--input", source, "--output", output)
@@ -314,6 +329,7 @@ def test_evaluate_command_scores_several_manifests(tmp_path: Path, speech: dict[
         (["--input", "m.jsonl", "--output", "o.jsonl", "--devices", "cuda:9"], "--devices cuda:9"),
         (["--input", "m.jsonl", "--output", "o.jsonl", "--language", "xx"], "unknown language 'xx'"),
         (["--input", "m.jsonl", "--output", "o.jsonl", "--audio_field", "wav"], "m.jsonl:1: lacks `wav`"),
+        (["--input", "m.jsonl", "--output", "o.jsonl", "--normaliser", "x"], "unknown normaliser 'x'"),
         (["--input", "m.jsonl", "--output", "o.jsonl"], "utterance 1 has no `text`"),
     ],
 )

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from opd.arkasr import ArkasrConfig, ArkasrForConditionalGeneration, load_model
+from opd.arkasr import ArkasrConfig, ArkasrForConditionalGeneration, load_model, load_processor
 
 FIXTURES = Path(__file__).parent / "fixtures"
+SEEDS = Path(__file__).resolve().parents[3] / "seeds"
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 NORM = "audio_encoder.layer_norm.bias"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -260,8 +261,10 @@ def test_a_hub_id_is_read_from_the_cache(tiny_dir, tmp_path, monkeypatch):
     (repository / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert torch.equal(logits(load_model("owner/tiny")), logits(load_model(tiny_dir)))
-    with pytest.raises(ValueError, match="^owner/other: neither a folder nor a Hub repository"):
-        load_model("owner/other")
+    assert load_processor("owner/tiny").prompt_ids(8) == load_processor(tiny_dir).prompt_ids(8)
+    for load in (load_model, load_processor):
+        with pytest.raises(ValueError, match="^owner/other: neither a folder nor a Hub repository"):
+            load("owner/other")
     with pytest.raises(ValueError, match="nowhere: neither a folder nor a Hub repository"):
         load_model(tmp_path / "nowhere")
 
@@ -354,6 +357,13 @@ def test_an_attention_that_is_not_installed_is_refused(tiny_dir):
 
 def read_shard(folder: Path, number: int) -> dict[str, torch.Tensor]:
     return load_file(folder / f"model-{number}.safetensors")
+
+
+def test_a_folder_without_a_processor_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=f"^{tmp_path}: has no processor of ARK-ASR .*feature extractor"):
+        load_processor(tmp_path)
+    with pytest.raises(ValueError, match="tiny_qwen3_asr: has no processor of ARK-ASR .*no token <.audio.>"):
+        load_processor(SEEDS / "tiny_qwen3_asr")
 
 
 def test_shards_that_are_absent_are_refused(sharded):

@@ -158,6 +158,7 @@ def test_control_tokens_are_never_written(pipe, utterances):
         ({"generate_kwargs": {"num_return_sequences": 2, "num_beams": 2}}, "one text per clip"),
         ({"generate_kwargs": {"return_dict_in_generate": True}}, "one text per clip"),
         ({"chunk_length_s": 0}, "max_seconds=0"),
+        ({"sampling_rate": 0}, "sampling_rate=0"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_honoured_is_refused(pipe, waveforms, options, message):
@@ -171,6 +172,7 @@ def test_what_cannot_be_honoured_is_refused(pipe, waveforms, options, message):
         ("nowhere.wav", "no such audio file"),
         (b"no audio", "cannot be read as audio"),
         ({"sampling_rate": 16000}, "none of array"),
+        ({"array": np.zeros(8000, dtype=np.float32), "sampling_rate": 0}, "sampling_rate=0"),
         (np.zeros((2, 8000), dtype=np.float32), "mono"),
         (np.zeros(8000, dtype=np.int16), "int16"),
         (np.zeros(100, dtype=np.float32), "100 samples are too few"),

@@ -101,7 +101,7 @@ def test_all_ways_to_transcribe_say_what_was_spoken(compat, teacher_export, tmp_
 def test_another_transcript_is_reported(compat, capsys):
     texts = ["one two"] * compat.NUM_CLIPS + ["three", "four"]
     spoken = {"greedy": ["one two"] * compat.NUM_CLIPS, "pipeline, 70 s": ["three four"]}
-    own = {"transformers": "1", "checks": spoken, "sampled": ["one"] * compat.NUM_CLIPS}
+    own = {"transformers": "1", "checks": spoken, "sampled": ["one"] * compat.NUM_CLIPS, "encoder_calls": 1}
     assert compat.report(own, {"2": own}, texts) == 0
     for name, transcripts in (("greedy", ["one two"] * 7 + ["one"]), ("pipeline, 70 s", ["three"])):
         other = {**own, "checks": {**spoken, name: transcripts}}
@@ -111,6 +111,8 @@ def test_another_transcript_is_reported(compat, capsys):
         assert compat.report(other, {}, texts) == 1, "wrong everywhere is wrong"
     for sampled in (["one"] * 7, [""] * compat.NUM_CLIPS, ["uno"] * compat.NUM_CLIPS):
         assert compat.differences(own, {**own, "sampled": sampled}, texts) == ["sampled"]
+    assert compat.report(own, {"2": {**own, "encoder_calls": 5}}, texts) == 1
+    assert "error: 2: audio encoded once: 5" in capsys.readouterr().err
 
 
 def test_a_probe_that_fails_is_an_error(compat, tmp_path):
