@@ -219,7 +219,8 @@ class _Pass:
         half = self.weight_VD.dtype
         if out.is_cuda and half in (torch.float16, torch.bfloat16):
             # Tensor cores take halves and sum in float32.
-            out.mul_(beta).add_(torch.mm(a.to(half), b.to(half), out_dtype=out.dtype))
+            product = torch.mm(a.to(half), b.to(half), out_dtype=out.dtype)
+            out.add_(product) if beta else out.copy_(product)
         else:
             out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=beta)
 
