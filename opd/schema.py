@@ -113,7 +113,7 @@ class LossConfig:
     beta: float = key(0.5, "jsd: weight of the teacher in the mixture")
     renormalize: bool = key(False, "true: the paper's form, softmax over the support and no tail bucket")
     max_importance: float = key(5.0, "sampled_kl: cap of the importance weight of a stale rollout")
-    chunk_size: int = key(256, "positions whose float32 log-probabilities are held at a time")
+    chunk_size: int = key(256, "positions whose logits over the vocabulary are held at a time")
     ctc_weight: float = key(0.0, "stage sft: weight of the CTC aid on the encoder (a head that is not exported)")
 
 

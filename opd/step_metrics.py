@@ -5,6 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+# Metric -> sum over the trained positions. Of the renormalised form some are not known: it does not normalise the student
+# over the vocabulary.
+PER_POSITION = {
+    "loss/k1": "k1",
+    "loss/k3": "k3",
+    "support/vuss": "support_size",
+    "support/overlap": "overlap",
+    "support/student_mass": "student_mass",
+    "support/teacher_mass": "teacher_mass",
+    "support/unmapped_mass": "unmapped_mass",
+    "teacher/entropy": "teacher_entropy",
+}
+PER_END = {
+    "teacher/eos_at_end": "teacher_eos_at_end",
+    "student/eos_at_end": "student_eos_at_end",
+}  # at the last position
+
 
 def opd_metrics(sums: Mapping[str, float], rollout: Mapping[str, int], size: int, coverage: float) -> dict[str, float]:
     """A step of on-policy distillation.
@@ -17,18 +34,10 @@ def opd_metrics(sums: Mapping[str, float], rollout: Mapping[str, int], size: int
     positions, ends, written = (max(1.0, sums[name]) for name in ("positions", "ends", "written"))
     return {
         "loss/kl": sums["loss"],
-        "loss/k1": sums["k1"] / positions,
-        "loss/k3": sums["k3"] / positions,
         "optim/lr": sums["lr"],
         "optim/grad_norm": sums["grad_norm"],
-        "support/vuss": sums["support_size"] / positions,
-        "support/overlap": sums["overlap"] / positions,
-        "support/student_mass": sums["student_mass"] / positions,
-        "support/teacher_mass": sums["teacher_mass"] / positions,
-        "support/unmapped_mass": sums["unmapped_mass"] / positions,
-        "teacher/entropy": sums["teacher_entropy"] / positions,
-        "teacher/eos_at_end": sums["teacher_eos_at_end"] / ends,
-        "student/eos_at_end": sums["student_eos_at_end"] / ends,
+        **{name: sums[source] / positions for name, source in PER_POSITION.items() if source in sums},
+        **{name: sums[source] / ends for name, source in PER_END.items() if source in sums},
         "align/coverage": coverage,
         "align/dropped_share": sums["unaligned"] / written,
         "rollout/loop_dropped_share": sums["in_loops"] / written,

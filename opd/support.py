@@ -71,14 +71,19 @@ def inside_mask(ids_NU: torch.Tensor, valid_NU: torch.Tensor, vocab_size: int) -
     return mask_NV.scatter_(-1, target_NU, True)[:, :vocab_size]
 
 
+def log_rest(log_NV: torch.Tensor, ids_NU: torch.Tensor, valid_NU: torch.Tensor) -> torch.Tensor:
+    """Log-sum-exp over the ids outside the support, at least FAR: (N,), differentiable. -inf entries are fine."""
+    inside_NV = inside_mask(ids_NU, valid_NU, log_NV.shape[-1])
+    return log_NV.masked_fill(inside_NV, FAR).logsumexp(-1).clamp(min=FAR)
+
+
 def log_tail(logprobs_NV: torch.Tensor, ids_NU: torch.Tensor, valid_NU: torch.Tensor) -> torch.Tensor:
     """Log of the mass outside the support, never below TAIL_FLOOR: (N,), differentiable.
 
-    logprobs_NV is normalised; -inf is fine. The sum runs over the ids outside, as 1 - (mass inside) loses a small tail
-    to rounding: in float32 everything below 1e-7.
+    logprobs_NV is normalised. The sum runs over the ids outside, as 1 - (mass inside) loses a small tail to rounding:
+    in float32 everything below 1e-7.
     """
-    inside_NV = inside_mask(ids_NU, valid_NU, logprobs_NV.shape[-1])
-    return logprobs_NV.masked_fill(inside_NV, FAR).logsumexp(-1).clamp(min=TAIL_FLOOR)
+    return log_rest(logprobs_NV, ids_NU, valid_NU).clamp(min=TAIL_FLOOR)
 
 
 @torch.no_grad()

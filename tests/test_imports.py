@@ -59,8 +59,8 @@ def test_imports_go_one_way(module: str) -> None:
             - {n for n in own if within(n, {"opd.types", "opd.text"})}
         )
         assert not tops & {"transformers", "verl", "ray"}
-    if module in {"opd.losses", "opd.support", "opd.vocab"}:
-        assert all(within(name, {"opd.types", "opd.support"}) for name in own)
+    if module in {"opd.fused", "opd.losses", "opd.support", "opd.vocab"}:
+        assert all(within(name, {"opd.types", "opd.support", "opd.losses"}) for name in own)
         assert not tops & {"transformers", "ray", "verl"}
     if within(module, {"opd.arkasr"}):
         assert all(within(name, {"opd.arkasr"}) for name in own)

@@ -21,6 +21,7 @@ from opd.arkasr import load_model
 from opd.schema import Config, OptimConfig
 from opd.types import DTYPES
 
+Head = Callable[[torch.Tensor, torch.Tensor], Any]
 Objective = Callable[[nn.Module, Any], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
@@ -36,17 +37,28 @@ class TrainedStudent(nn.Module):
         self.model = model
         self.ctc_head = nn.Linear(model.config.whisper_config.d_model, num_ctc_tokens) if num_ctc_tokens else None
 
-    def forward(self, with_ctc: bool = False, **inputs: Any) -> tuple[Any, torch.Tensor | None, torch.Tensor | None]:
-        """(model output, CTC logits (B, F', V) or None, frame mask (B, F') or None).
+    def forward(
+        self, head: Head | None = None, with_ctc: bool = False, **inputs: Any
+    ) -> tuple[Any, torch.Tensor | None, torch.Tensor | None]:
+        """(model output or what `head` makes of it, CTC logits (B, F', V) or None, frame mask (B, F') or None).
 
-        Everything goes through this one forward, because FSDP2 gathers the parameters of the root here.
+        head  takes the decoder's hidden states (B, L, D) and the output matrix (V, D), in place of the output layer
+
+        Everything goes through this one forward, the loss too: FSDP2 gathers the parameters of the root here.
         """
         if not with_ctc:
-            return self.model(**inputs), None, None
+            return self._decode(head, inputs), None, None
         assert self.ctc_head is not None, "built without a CTC head"
         frames_BFD, mask_BF = self.model.audio_encoder.encode_frames(inputs.pop("audios"), inputs.pop("audio_mask"))
-        out = self.model(audio_frames=(frames_BFD, mask_BF), **inputs)
+        out = self._decode(head, inputs | {"audio_frames": (frames_BFD, mask_BF)})
         return out, self.ctc_head(frames_BFD), mask_BF
+
+    def _decode(self, head: Head | None, inputs: dict[str, Any]) -> Any:
+        if head is None:
+            return self.model(**inputs)
+        decoder_inputs = self.model.decoder_inputs(**inputs)
+        hidden_BLD = self.model.model(**decoder_inputs, use_cache=False).last_hidden_state
+        return head(hidden_BLD, self.model.lm_head.weight)
 
 
 def learning_rate_factor(step: int, optim: OptimConfig, num_steps: int) -> float:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from opd.losses import position_loss
+from opd.fused import FusedLoss, fused_cross_entropy, fused_position_loss
 from opd.schema import LossConfig, RolloutConfig
 from opd.support import candidate_ids
 from opd.types import Rollout, TeacherScore
@@ -78,30 +78,34 @@ def opd_micro_batch(
 
 
 def opd_objective(config: LossConfig, blocked_V: torch.Tensor, eos_id: int) -> Any:
-    """The divergence between teacher and student at the student's own states (method: position_loss)."""
+    """The divergence between teacher and student at the student's own states (method: fused_position_loss)."""
 
     def objective(module: nn.Module, micro: MicroBatch) -> tuple[torch.Tensor, Sums]:
-        rollout, score, trained_BT = micro.rollout, micro.score, micro.trained_BT
+        rollout, score, keep = micro.rollout, micro.score, micro.trained_BT.cpu()
         assert rollout is not None and score is not None and micro.eos_last_BT is not None
-        logits_BTV = _response_logits(module, micro)[0]
-        device = logits_BTV.device
-        keep = trained_BT.cpu()
-        teacher = {name: value[keep].to(device) for name, value in score.to_dict().items()}
         candidates_BTC = candidate_ids(rollout.topk_ids_BTK, rollout.response_ids_BT, eos_id)
-        loss_N, diagnostics = position_loss(
-            logits_BTV[trained_BT],
-            response_ids_N=rollout.response_ids_BT[keep].to(device),
-            rollout_logprobs_N=rollout.logprobs_BT[keep].to(device),
-            candidate_ids_NC=candidates_BTC[keep].to(device),
-            teacher=teacher,
-            blocked_V=blocked_V,
-            eos_id=eos_id,
-            config=config,
-        )
-        sums = {name: value.sum() for name, value in diagnostics.items()}
+
+        def head(hidden_BLD: torch.Tensor, weight_VD: torch.Tensor) -> FusedLoss:
+            device = hidden_BLD.device
+            return fused_position_loss(
+                _trained_states(hidden_BLD, micro),
+                weight_VD,
+                response_ids_N=rollout.response_ids_BT[keep].to(device),
+                rollout_logprobs_N=rollout.logprobs_BT[keep].to(device),
+                candidate_ids_NC=candidates_BTC[keep].to(device),
+                teacher={name: value[keep].to(device) for name, value in score.to_dict().items()},
+                blocked_V=blocked_V,
+                eos_id=eos_id,
+                config=config,
+            )
+
+        loss = module(head, **micro.inputs)[0]
+        device = loss.total.device
+        sums = {name: value.sum() for name, value in loss.diagnostics.items()}
         at_end_N = micro.eos_last_BT[keep].to(device)
         for side in ("student", "teacher"):
-            sums[f"{side}_eos_at_end"] = diagnostics[f"{side}_eos"][at_end_N].sum()
+            if f"{side}_eos" in loss.diagnostics:
+                sums[f"{side}_eos_at_end"] = loss.diagnostics[f"{side}_eos"][at_end_N].sum()
         counts = {
             "ends": at_end_N,
             "written": rollout.response_mask_BT,
@@ -109,9 +113,15 @@ def opd_objective(config: LossConfig, blocked_V: torch.Tensor, eos_id: int) -> A
             "in_loops": rollout.response_mask_BT & score.aligned_mask_BT & ~keep,
         }
         sums |= {name: mask.sum().to(device) for name, mask in counts.items()}
-        return loss_N.sum(), sums
+        return loss.total, sums
 
     return objective
+
+
+def _trained_states(hidden_BLD: torch.Tensor, micro: MicroBatch) -> torch.Tensor:
+    """Hidden states that predict the trained positions: (N, D)."""
+    length = micro.trained_BT.shape[1]
+    return hidden_BLD[:, -length - 1 : -1][micro.trained_BT]
 
 
 def sft_micro_batch(
@@ -133,13 +143,19 @@ def sft_objective(config: LossConfig, blocked_V: torch.Tensor, blank_id: int) ->
     """Cross-entropy of the references over the allowed vocabulary and, with a weight, the CTC aid on the encoder."""
 
     def objective(module: nn.Module, micro: MicroBatch) -> tuple[torch.Tensor, Sums]:
+        def head(hidden_BLD: torch.Tensor, weight_VD: torch.Tensor) -> FusedLoss:
+            return fused_cross_entropy(
+                _trained_states(hidden_BLD, micro),
+                weight_VD,
+                micro.response_ids_BT[micro.trained_BT],
+                blocked_V=blocked_V,
+                chunk_size=config.chunk_size,
+            )
+
         with_ctc = config.ctc_weight > 0
-        logits_BTV, ctc_BFV, frame_mask_BF = _response_logits(module, micro, with_ctc)
-        logits_NV = logits_BTV[micro.trained_BT].float().masked_fill(blocked_V, float("-inf"))
-        ids_N = micro.response_ids_BT[micro.trained_BT]
-        cross_entropy = functional.cross_entropy(logits_NV, ids_N, reduction="sum")
-        sums = {"ce": cross_entropy, "correct": (logits_NV.argmax(-1) == ids_N).sum()}
-        loss = cross_entropy
+        cross_entropy, ctc_BFV, frame_mask_BF = module(head, with_ctc=with_ctc, **micro.inputs)
+        loss = cross_entropy.total
+        sums = {"ce": loss, "correct": cross_entropy.diagnostics["correct"].sum()}
         if with_ctc:
             assert ctc_BFV is not None and frame_mask_BF is not None
             ctc = _ctc_loss(ctc_BFV, frame_mask_BF, micro, blank_id)
@@ -148,15 +164,6 @@ def sft_objective(config: LossConfig, blocked_V: torch.Tensor, blank_id: int) ->
         return loss, sums
 
     return objective
-
-
-def _response_logits(
-    module: nn.Module, micro: MicroBatch, with_ctc: bool = False
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Logits that predict each response position (B, T, V), and the CTC head's output where asked for."""
-    length = micro.trained_BT.shape[1]
-    out, ctc_BFV, frame_mask_BF = module(with_ctc=with_ctc, **micro.inputs, use_cache=False, logits_to_keep=length + 1)
-    return out.logits[:, :-1], ctc_BFV, frame_mask_BF
 
 
 def _ctc_loss(ctc_BFV: torch.Tensor, frame_mask_BF: torch.Tensor, micro: MicroBatch, blank_id: int) -> torch.Tensor:

@@ -59,7 +59,29 @@ class ArkasrForConditionalGeneration(Qwen2ForCausalLM):
 
         Raises ValueError for audio that does not belong to the ids, and placeholders without audio.
         """
-        cache = past_key_values if cache is None else cache
+        decoder_inputs = self.decoder_inputs(
+            input_ids, attention_mask, position_ids, past_key_values if cache is None else cache, inputs_embeds,
+            audios, audio_mask, audio_frames,
+        )  # fmt: skip
+        return super().forward(
+            **decoder_inputs, labels=labels, use_cache=use_cache, logits_to_keep=logits_to_keep, **kwargs
+        )
+
+    def decoder_inputs(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Any | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        audios: torch.Tensor | None = None,
+        audio_mask: torch.Tensor | None = None,
+        audio_frames: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> dict[str, Any]:
+        """What `self.model`, the decoder without its output layer, takes: `forward`'s inputs with the audio placed.
+
+        For those who want hidden states in place of logits. Raises ValueError as `forward` does.
+        """
         has_audio = audios is not None or audio_frames is not None
         if has_audio or self._starts_with_placeholders(input_ids, cache):
             inputs_embeds = self._embed(input_ids, inputs_embeds, audios, audio_mask, audio_frames)
@@ -67,17 +89,13 @@ class ArkasrForConditionalGeneration(Qwen2ForCausalLM):
         if position_ids is None and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             given: Any = inputs_embeds if input_ids is None else input_ids
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -given.shape[1] :]
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **{CACHE: cache},
-            **kwargs,
-        )
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            CACHE: cache,
+            "inputs_embeds": inputs_embeds,
+        }
 
     def prepare_inputs_for_generation(
         self,

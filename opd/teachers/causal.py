@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,12 @@ from opd.arkasr import ArkasrConfig, load_processor
 from opd.rollout.decode import decode
 from opd.support import candidate_ids, score_support
 from opd.teachers.mapping import MappedRollout, ResponseMapper, control_ids
+from opd.teachers.output import OutputLayer
 from opd.types import DTYPES, Batch, Rollout, TeacherScore, TeacherTranscript
 from opd.vocab import blocked_mask
 
 Inputs = dict[str, torch.Tensor]
-CHUNK_SIZE = 256  # positions whose float32 logits are held at a time
+CHUNK_SIZE = 256  # positions whose logits are held at a time
 
 
 class CausalTeacher(ABC):
@@ -36,6 +38,7 @@ class CausalTeacher(ABC):
         )
         self.model = model.to(self.device).eval()
         self.tokenizer = self.processor.tokenizer
+        self.output = OutputLayer(self.model)
         self.taken = set(inspect.signature(self.model.forward).parameters)
         # The policy for bad audio is the student's: what it could not read comes here as an empty row.
         self.collator = Collator(max_seconds=config["data"]["max_seconds"], on_bad_audio="skip")
@@ -97,9 +100,8 @@ class CausalTeacher(ABC):
         for rows, inputs in self.prompts(utterances):
             in_group_BT = torch.zeros_like(aligned_BT)
             in_group_BT[rows] = aligned_BT[rows]
-            fields = self._score_positions(
-                self._response_logits(inputs, mapped, rows), mapped.position_BT[rows], candidates_BTC[in_group_BT]
-            )
+            states_BLD, to_logits = self._response_states(inputs, mapped, rows)
+            fields = self._score_positions(states_BLD, to_logits, mapped.position_BT[rows], candidates_BTC[in_group_BT])
             for name, value in fields.items():
                 dense.setdefault(name, torch.zeros((*aligned_BT.shape, *value.shape[1:]), dtype=value.dtype))
                 dense[name][in_group_BT] = value.cpu()
@@ -111,8 +113,10 @@ class CausalTeacher(ABC):
         }
         return TeacherScore.from_dict(dense).to_dict(), counts
 
-    def _response_logits(self, inputs: Inputs, mapped: MappedRollout, rows: list[int]) -> torch.Tensor:
-        """Logits that predict each teacher position of these rows' responses: (rows, L, V)."""
+    def _response_states(
+        self, inputs: Inputs, mapped: MappedRollout, rows: list[int]
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+        """What predicts each teacher position of these rows' responses (rows, L, ...), and its way to logits."""
         mask_BL = mapped.mask_BL[rows]
         length = max(1, int(mask_BL.sum(1).max()))
         ids_BL = mapped.ids_BL[rows, :length].to(self.device)
@@ -120,11 +124,15 @@ class CausalTeacher(ABC):
         joined = dict(inputs)
         joined["input_ids"] = torch.cat([inputs["input_ids"], ids_BL], dim=1)
         joined["attention_mask"] = torch.cat([inputs["attention_mask"], mask_BL], dim=1)
-        out = self.forward(**joined, use_cache=False, logits_to_keep=length + 1)
-        return out.logits[:, -length - 1 : -1]
+        states_BLD, to_logits = self.output.states(self.forward, joined | {"logits_to_keep": length + 1})
+        return states_BLD[:, -length - 1 : -1], to_logits
 
     def _score_positions(
-        self, logits_BLV: torch.Tensor, position_BT: torch.Tensor, candidates_NC: torch.Tensor
+        self,
+        states_BLD: torch.Tensor,
+        to_logits: Callable[[torch.Tensor], torch.Tensor],
+        position_BT: torch.Tensor,
+        candidates_NC: torch.Tensor,
     ) -> Inputs:
         """Fields of the score at the N aligned positions, row by row."""
         row_N, column_N = (position_BT >= 0).nonzero(as_tuple=True)
@@ -133,7 +141,7 @@ class CausalTeacher(ABC):
         loss = self.config["loss"]
         parts = [
             score_support(
-                self._allowed(logits_BLV[row_N[chunk], position_N[chunk]]),
+                self._allowed(to_logits(states_BLD[row_N[chunk], position_N[chunk]])),
                 candidates_NC[chunk],
                 self.token_map,
                 top_k=loss["top_k"],

@@ -18,6 +18,7 @@ from opd.config import config_from_dict
 from opd.rollout.decode import decode, split
 from opd.schema import Config
 from opd.seed import create_seed
+from opd.step_metrics import opd_metrics
 from opd.teachers.arkasr import ArkasrTeacher
 from opd.types import Rollout, TeacherScore
 from opd.vocab import blocked_mask
@@ -169,14 +170,38 @@ def test_a_teacher_equal_to_the_student_gives_no_loss(tiny_dir: Path, speech: di
     assert totals["overlap"] / totals["positions"] == pytest.approx(1.0)
 
 
-def test_opd_step_is_the_same_however_it_is_spread(tiny_dir: Path, speech: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_opd_step_is_the_same_however_it_is_spread(
+    tiny_dir: Path, speech: dict[str, Path], tmp_path: Path, renormalize: bool
+) -> None:
     other = create_seed(tmp_path / "teacher", sizes=SIZES, corpus=CORPUS, vocab_size=360, seed=9)
-    config = spread_config(tiny_dir, "opd", teacher={"path": str(other)})
+    config = spread_config(tiny_dir, "opd", teacher={"path": str(other)}, loss={"renormalize": renormalize})
     one = run_ranks(1, opd_step, config, tiny_dir, speech["unlabelled"], 8)[0]
     assert one[0]["loss"] > 0.01
-    names = ("loss", "grad_norm", "positions", "support_size", "overlap", "student_mass", "teacher_mass", "ends")
+    metrics = opd_metrics(one[0], {"tokens": 9, "finished": 1, "looped": 1, "empty": 0}, 8, 1.0)
+    assert ("support/student_mass" in metrics) != renormalize, "the renormalised form does not know it"
+    names = ("loss", "grad_norm", "positions", "support_size", "overlap", "teacher_mass", "ends")
+    names += () if renormalize else ("student_mass", "k1")
     for ranks, micro_size in ((1, 2), (2, 2)):
         assert_same_step(run_ranks(ranks, opd_step, config, tiny_dir, speech["unlabelled"], micro_size)[0], one, names)
+
+
+@pytest.mark.parametrize("freeze", [[], ["decoder"]])
+def test_bfloat16_compute_gives_nearly_the_same_step(
+    tiny_dir: Path, speech: dict[str, Path], freeze: list[str]
+) -> None:
+    """Hidden states and the gathered output matrix are bfloat16 then, master weights and gradients float32."""
+    totals = []
+    for dtype in ("float32", "bfloat16"):
+        config = make_config(tiny_dir, "opd", student={"dtype": dtype, "freeze": freeze})
+        totals.append(run_ranks(2, sft_step_only, config, speech["train"])[0])
+    for name in ("loss", "grad_norm"):
+        assert totals[1][name] == pytest.approx(totals[0][name], rel=0.03), name
+        assert totals[1][name] != totals[0][name]
+
+
+def sft_step_only(config: Config, manifest: Path) -> dict[str, float]:
+    return sft_step(start(config, LayeredEngine), manifest, 2)
 
 
 def train_and_save(config: Config, manifest: Path, folder: Path, steps: tuple[int, int]) -> dict[str, torch.Tensor]:

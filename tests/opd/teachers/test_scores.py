@@ -156,9 +156,13 @@ def test_response_logits_are_those_of_the_whole_sequence(
     mapped = teacher.mapper.map_rollout(make_rollout(student, responses(student)))
     for rows, inputs in teacher.prompts(utterances):
         assert (inputs["attention_mask"][:, -1] == 1).all(), "prompts are padded on the left"
-        kept_BLV = teacher._response_logits(inputs, mapped, rows)
+        states_BLD, to_logits = teacher._response_states(inputs, mapped, rows)
+        assert teacher.output.is_last and states_BLD.shape[-1] < len(teacher.blocked_V)
+        kept_BLV = to_logits(states_BLD)
         teacher.taken.discard("logits_to_keep")
-        whole_BLV = teacher._response_logits(inputs, mapped, rows)
+        teacher.output.is_last = False
+        whole_BLV, _ = teacher._response_states(inputs, mapped, rows)
+        teacher.output.is_last = True
         assert kept_BLV.shape == whole_BLV.shape == (len(rows), mapped.ids_BL.shape[1], len(teacher.blocked_V))
         torch.testing.assert_close(kept_BLV, whole_BLV, rtol=0, atol=1e-5)
         teacher.taken.add("logits_to_keep")
