@@ -7,13 +7,18 @@ TORCH ?= torch==2.13.0
 TEACHER_VENV := .venv-teacher
 TEACHER_BIN := $(TEACHER_VENV)/bin
 
-.PHONY: quickstart test lint env env-dev seeds teacher-env test-teachers compat clean
+.PHONY: quickstart test nightly lint env env-dev seeds teacher-env test-teachers compat clean
 
 quickstart: env
 	$(BIN)/python -m opd.train recipe=tiny
 
+# Two processes, each with whole files: what makes the tests slow is starting Ray, verl and Python, which waits a lot.
 test: env-dev lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# What takes too long for `make test`: does distillation still bring what the README says, from a start that is honest?
+nightly: env-dev
+	$(BIN)/python -m pytest -m nightly
 
 lint: env-dev
 	$(BIN)/ruff check .

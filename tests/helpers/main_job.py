@@ -116,13 +116,14 @@ def ray_head(folder: Path) -> Iterator[dict[str, str]]:
     port, dashboard, agent = free_port(), free_port(), free_port()
     auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     env = environment(
-        folder, PATH=f"{BIN}:{os.environ['PATH']}", PYTHONPATH=str(ROOT), RAY_JOB_STOP_WAIT_TIME_S="1",
+        folder, PATH=f"{BIN}:{os.environ['PATH']}", PYTHONPATH=str(ROOT), RAY_TMPDIR=str(short),
+        RAY_JOB_STOP_WAIT_TIME_S="1",
         RAY_prestart_worker_first_driver="0", **auth,
     )  # fmt: skip
     head = subprocess.Popen(
         [
             str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=8", f"--port={port}",
-            f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--temp-dir={short}",
+            f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--temp-dir={short / 'ray'}",
             "--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={agent}", "--disable-usage-stats",
         ],
         env=env, cwd=folder, stdout=(folder / "head.log").open("w"), stderr=subprocess.STDOUT, start_new_session=True,
