@@ -42,7 +42,7 @@ $(VENV)/dev.stamp: $(VENV)/speech.stamp pyproject.toml
 env: $(VENV)/speech.stamp
 env-dev: $(VENV)/dev.stamp
 
-# Makes the shipped seeds again (about 15 minutes on 2 cores) and copies them to seeds/.
+# Makes the shipped seeds again (about 40 minutes on 2 cores) and copies them to seeds/.
 seeds: env
 	$(BIN)/python scripts/make_seeds.py
 

@@ -1,32 +1,39 @@
-"""Makes seeds/tiny_teacher and seeds/tiny_student again: python scripts/make_seeds.py [teacher student]
+"""Makes shipped seeds again: python scripts/make_seeds.py [tiny_teacher tiny_student sentence_teacher sentence_student]
 
-Each is the export of a run of recipe=tiny_teacher or recipe=tiny_student. The WER that each reached, which the run prints,
-belongs into seeds/README.md.
+Each is what a run of the recipe of its name exports at its end. The WER that each reached, which the run prints, belongs into
+seeds/README.md.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+SEEDS = ("tiny_teacher", "tiny_student", "sentence_teacher", "sentence_student")
 
 
 def main() -> int:
-    for name in sys.argv[1:] or ["teacher", "student"]:
-        run_dir = ROOT / "runs" / f"seed_tiny_{name}"
-        command = [sys.executable, "-m", "opd.train", f"recipe=tiny_{name}", f"run_dir={run_dir}"]
+    for name in sys.argv[1:] or SEEDS:
+        run_dir = ROOT / "runs" / f"seed_{name}"
+        command = [sys.executable, "-m", "opd.train", f"recipe={name}", f"run_dir={run_dir}"]
         status = subprocess.run(command, cwd=ROOT, check=False).returncode
         if status:
             return status
-        target = ROOT / "seeds" / f"tiny_{name}"
-        shutil.rmtree(target, ignore_errors=True)
-        # The export's model card names paths of the machine it was made on; seeds/README.md says what matters.
-        shutil.copytree(run_dir / "export", target, ignore=shutil.ignore_patterns("README.md"))
-        print(f"{target}: made")
+        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+        last = list(summary["stages"].values())[-1] if "stages" in summary else summary
+        copy_seed(Path(last["export_dir"]), ROOT / "seeds" / name)
+        print(f"seeds/{name}: made")
     return 0
+
+
+def copy_seed(export: Path, target: Path) -> None:
+    """An export without its model card, which names paths of the machine it was made on; seeds/README.md says what matters."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(export, target, ignore=shutil.ignore_patterns("README.md"))
 
 
 if __name__ == "__main__":
