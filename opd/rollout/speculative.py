@@ -60,6 +60,7 @@ def speculate(
     forward: Callable[..., Any],
     inputs: Mapping[str, torch.Tensor],
     *,
+    steps: Callable[..., Any] | None = None,
     drafts: Sequence[Sequence[int] | None] | None,
     eos_id: int,
     pad_id: int,
@@ -75,6 +76,7 @@ def speculate(
 ) -> tuple[Rollout, RolloutCounts]:
     """Writes a response to each prompt: the same as `decode.decode`, whose arguments it shares, in fewer forwards.
 
+    steps         computes what `forward` does after the prompt, in less time (see `steps.DecoderSteps`); None: `forward`
     drafts        what each response may look like, ids without EOS; None where there is nothing to go by
     forward_cost  fixed cost of a forward in tokens (see `forward_cost`); a large one asks for longer drafts
     any_left      for forwards that are collectives: called before each round with whether this rank has rows left, it
@@ -87,7 +89,8 @@ def speculate(
     assert len(drafts) == num_rows, "one draft, or None, for each row"
     bad_B = torch.zeros(num_rows, dtype=torch.bool) if bad_audio_B is None else bad_audio_B.cpu()
     picker = _Picker(blocked_V, top_k, temperature, uniforms_BT, (num_rows, max_new_tokens))
-    writing = _Writing(forward, inputs, drafts, picker, eos_id, pad_id, max_new_tokens, bad_B.numpy(), forward_cost)
+    calls = (forward, forward if steps is None else steps)
+    writing = _Writing(calls, inputs, drafts, picker, eos_id, pad_id, max_new_tokens, bad_B.numpy(), forward_cost)
     writing.first_round()
     while any_left(writing.has_rows) if any_left is not None else writing.has_rows:
         writing.round()
@@ -105,7 +108,8 @@ class _Picker:
         uniforms_BT: torch.Tensor | None,
         shape: tuple[int, int],
     ) -> None:
-        self.blocked_V, self.temperature, self.uniforms_BT = blocked_V, temperature, uniforms_BT
+        self.temperature, self.uniforms_BT = temperature, uniforms_BT
+        self.blocked_V = torch.zeros(blocked_V.shape, device=blocked_V.device).masked_fill(blocked_V, float("-inf"))
         self.top_k = min(top_k, int((~blocked_V).sum()))
         self.topk_ids_BTK = torch.zeros(*shape, self.top_k, dtype=torch.int64)
         self.logprobs_BT = torch.zeros(shape)
@@ -113,7 +117,7 @@ class _Picker:
 
     def pick(self, logits_RWV: torch.Tensor, rows: np.ndarray, written_R: np.ndarray) -> torch.Tensor:
         """What the student writes at each position of the forward, if it comes to that: (R, W). Blocks ids in place."""
-        logits_RWV.masked_fill_(self.blocked_V, float("-inf"))
+        logits_RWV += self.blocked_V.to(logits_RWV.dtype)
         if self.temperature == 0:
             return logits_RWV.argmax(-1)
         assert self.uniforms_BT is not None, "sampling needs the uniforms of each utterance"
@@ -141,8 +145,7 @@ class _Picker:
         place = (torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(positions)))
         self.topk_ids_BTK[place] = logits_NV.topk(self.top_k, dim=-1).indices.cpu()
         scaled_NV = logits_NV / self.temperature if self.temperature > 0 else logits_NV
-        logprobs_N = scaled_NV.gather(-1, ids_N[:, None])[:, 0] - scaled_NV.logsumexp(-1)
-        self.logprobs_BT[place] = logprobs_N.cpu()
+        self.logprobs_BT[place] = scaled_NV.log_softmax(-1).gather(-1, ids_N[:, None])[:, 0].cpu()
 
 
 class _Writing:
@@ -150,7 +153,7 @@ class _Writing:
 
     def __init__(
         self,
-        forward: Callable[..., Any],
+        calls: tuple[Callable[..., Any], Callable[..., Any]],
         inputs: Mapping[str, torch.Tensor],
         drafts: Sequence[Sequence[int] | None],
         picker: _Picker,
@@ -160,7 +163,7 @@ class _Writing:
         bad_B: np.ndarray,
         forward_cost: float,
     ) -> None:
-        self.forward, self.inputs, self.picker = forward, inputs, picker
+        (self.forward, self.steps), self.inputs, self.picker = calls, inputs, picker
         self.eos_id, self.pad_id, self.max_new_tokens = eos_id, pad_id, max_new_tokens
         num_rows, self.prompt_length = inputs["input_ids"].shape
         self.device = inputs["input_ids"].device
@@ -207,7 +210,7 @@ class _Writing:
         ids_and_slots = self._to_device(np.stack([np.concatenate([last_R[:, None], ids_RW], 1), slots_RW]))
         low, end = int(first_R.min()), int(slots_RW.max()) + 1
         self.cache.place(low, end, None if end - low == width + 1 else ids_and_slots[1])
-        out = self.forward(
+        out = self.steps(
             input_ids=ids_and_slots[0],
             attention_mask=self._mask(ids_and_slots[1], end),
             position_ids=ids_and_slots[1] - self.padding_R[:, None],
