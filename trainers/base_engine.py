@@ -189,6 +189,10 @@ class StudentEngine(BaseEngine):
         dist.all_reduce(moved)
         return moved.cpu()
 
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return bool(self.all_reduce_sum(torch.tensor(float(flag))) > 0)
+
     def reduce_sums(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
         """Sums of all ranks, by one packed reduction. All ranks hand in the same names."""
         names = sorted(sums)

@@ -13,7 +13,7 @@ MAX_WIDTH = 64  # draft tokens of a row checked in one forward; each needs logit
 PINNED_BY = 3  # accepted tokens in a row after which the alignment is no longer in question
 # What is believed about a draft before anything of it was checked: this share of its tokens is right, held as firmly
 # as if this many had been checked. Older checks count less by FADING with each newer one.
-PRIOR_RATE, PRIOR_TESTS, FADING = 0.95, 4.0, 0.9
+PRIOR_RATE, PRIOR_TESTS, FADING = 0.9, 1.0, 0.8
 
 
 class Drafts:

@@ -249,8 +249,15 @@ def test_steps_know_which_models_they_compute(small_model) -> None:
     assert not can_step(torch.nn.Linear(2, 2))
     windowed = Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=9, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-            intermediate_size=32, use_sliding_window=True, sliding_window=4, max_window_layers=0,
+            vocab_size=9,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            intermediate_size=32,
+            use_sliding_window=True,
+            sliding_window=4,
+            max_window_layers=0,
         )  # fmt: skip
     )
     assert not can_step(windowed)
