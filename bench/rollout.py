@@ -137,7 +137,7 @@ def sides(scene: Scene) -> dict[str, Callable]:
     """What is timed: each takes the inputs of a batch, the encoder's frames in place of the audio, and its drafts."""
     model, arguments = scene.model, scene.arguments
     decoder_size = sum(p.numel() for p in model.model.parameters())
-    cost = forward_cost(decoder_size, model.config.num_hidden_layers, "cpu")
+    cost = forward_cost(decoder_size, model.config.num_hidden_layers, "cpu", torch.get_num_threads())
 
     def prefill(inputs: dict, drafts: Any) -> None:
         model(**inputs, use_cache=True, logits_to_keep=1)

@@ -43,15 +43,15 @@ class RolloutCounts:
     accepted_B: torch.Tensor
 
 
-def forward_cost(num_parameters: int, num_layers: int, device: str) -> float:
+def forward_cost(num_parameters: int, num_layers: int, device: str, num_threads: int = 1) -> float:
     """About how many tokens could be computed in the time that a forward of the decoder takes however short it is.
 
-    That time goes into reading the weights and into starting each layer's operations. The figures are those of a
-    common CPU core and of a large GPU. It decides how many draft tokens are worth checking, so a factor of two in it
-    costs a few per cent of speed.
+    That time goes into reading the weights and into starting each layer's operations. The figures are those of common
+    CPU cores, of which `num_threads` compute, and of a large GPU. It decides how many draft tokens are worth checking;
+    a factor of two in it costs a few per cent of speed.
     """
     if device == "cpu":
-        return 6.0 + num_layers * 2e-4 / (2 * num_parameters / 3e10)
+        return 6.0 * num_threads + num_layers * 2e-4 / (2 * num_parameters / (3e10 * num_threads))
     return 150.0 + num_layers * 2e-4 / (2 * num_parameters / 3e14)
 
 
