@@ -18,6 +18,7 @@ from opd.gate import TeacherGate
 from opd.hub import check_push, push
 from opd.metrics import MetricsLog, PhaseTimer
 from opd.resolve import in_ray_job, portable, resolve
+from opd.rollout.texts import DraftTexts
 from opd.schedule import RolloutLine, ScoredRollout
 from opd.schema import FROZEN_KEYS, Config
 from opd.seed import fresh_student
@@ -49,6 +50,7 @@ class Run:
         self.workers = Workers(config, run_dir.path, self.timer, self.state["cpu_seconds"])
         self.gate: TeacherGate | None = None
         self.line = RolloutLine(config)
+        self.drafts = DraftTexts(config.rollout.draft, self.state.setdefault("drafts", {}))
         with self.timer("data"):
             self._read_data()
         if self.step:

@@ -98,6 +98,11 @@ class TdConfig:
 @dataclass(frozen=True)
 class RolloutConfig:
     source: str = key("student", "who writes the responses: student | manifest (its `text`: off-policy distillation)")
+    draft: str = key(
+        "auto",
+        "draft of a response, of which a forward checks many tokens: auto (the first there is) | reference (the "
+        "manifest's `text`) | earlier (the utterance's last rollout) | none; it changes the speed, not the responses",
+    )
     temperature: float = key(0.0, "0 = greedy; above 0 the student samples at this temperature")
     max_new_tokens: int = key(256, "length limit of a response; one cut here has no EOS position")
     max_repeats: int = key(8, "an n-gram repeated more often than this in a row is a loop")

@@ -27,7 +27,7 @@ def opd_metrics(sums: Mapping[str, float], rollout: Mapping[str, int], size: int
     """A step of on-policy distillation.
 
     sums       of the update: loss and diagnostics over the trained positions
-    rollout    of the rollout: tokens and utterances by how they ended
+    rollout    of the rollout: tokens, forwards and drafted tokens, and utterances by how they ended
     size       utterances of the global batch
     coverage   share of the written positions that the teacher could score
     """
@@ -42,6 +42,8 @@ def opd_metrics(sums: Mapping[str, float], rollout: Mapping[str, int], size: int
         "align/dropped_share": sums["unaligned"] / written,
         "rollout/loop_dropped_share": sums["in_loops"] / written,
         "rollout/tokens": rollout["tokens"] / size,
+        "rollout/forwards": rollout["forwards"] / size,
+        "rollout/accept_rate": rollout["accepted"] / max(1, rollout["drafted"]),
         "rollout/finished_share": rollout["finished"] / size,
         "rollout/looped_share": rollout["looped"] / size,
         "rollout/empty_share": rollout["empty"] / size,

@@ -36,7 +36,8 @@ def train(config: Config) -> dict:
                     batch = run.next_batch()  # list of Utterance records
                     number = run.line.rollout_step(step)
                     with run.timer("rollout"):
-                        rollout = run.student.generate(batch, number)
+                        rollout = run.student.generate(batch, number, run.drafts.of(batch))
+                    run.drafts.keep(batch, rollout.texts)
                     run.line.add(step, batch, rollout, run.teacher.start_score(rollout.shards, rollout.refs, number))
                 with run.timer("teacher"):
                     scored = run.line.take(step)

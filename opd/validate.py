@@ -16,7 +16,7 @@ TEACHER_KINDS = ("arkasr", "qwen3_asr", "hf")
 STAGES = ("sft", "td", "opd")
 PROMPT_FORMS = {"text": str, "chat": list, "transcription": dict}
 _CHOICES = {
-    "stage": STAGES, "rollout.source": ("student", "manifest"),
+    "stage": STAGES, "rollout.source": ("student", "manifest"), "rollout.draft": ("auto", "reference", "earlier", "none"),
     "engine": ("fsdp2",), "resume": ("auto", "never"), "schedule": ("sync", "one_step_off"),
     "student.dtype": DTYPES[:2], "teacher.kind": TEACHER_KINDS, "teacher.dtype": DTYPES, "export.dtype": DTYPES,
     "data.on_bad_audio": ("stop", "skip"), "loss.support": ("union", "student", "teacher"),

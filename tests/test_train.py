@@ -169,6 +169,9 @@ def test_a_run_ends_with_summary_table_export_and_metrics(
             assert math.isfinite(line[name]), name
         assert 32 <= line["support/vuss"] <= 66
         assert line["align/coverage"] == 1.0
+        assert line["rollout/forwards"] <= line["rollout/tokens"]
+    # The second epoch's drafts are the first's rollouts. (That they are saved is what a run that resumes bit-equal shows.)
+    assert [line["rollout/accept_rate"] > 0.5 for line in steps] == [False] * 3 + [True] * 3
     assert sorted(p.name for p in (run_dir / "checkpoints").glob("step-*")) == ["step-000004", "step-000006"]
     assert list((run_dir / "wandb").glob("offline-run-*"))
 

@@ -18,6 +18,7 @@ from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine.base import BaseEngine
 
 from opd.arkasr import load_model
+from opd.rollout.steps import DecoderSteps, can_step
 from opd.schema import Config, OptimConfig
 from opd.types import DTYPES
 
@@ -201,6 +202,10 @@ class StudentEngine(BaseEngine):
         dist.all_reduce(moved)
         return moved.cpu()
 
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return bool(self.all_reduce_sum(torch.tensor(float(flag))) > 0)
+
     def reduce_sums(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
         """Sums of all ranks, by one packed reduction. All ranks hand in the same names."""
         names = sorted(sums)
@@ -235,6 +240,11 @@ class StudentEngine(BaseEngine):
     def generate_forward(self, **inputs: Any) -> Any:
         """The plain model forward, for decoding."""
         return self.module(**inputs)[0]
+
+    def decoder_steps(self) -> DecoderSteps | None:
+        """What computes the later forwards of a rollout in less time; None where only the modules can. In generation_mode."""
+        model = self.module.model
+        return DecoderSteps(model) if can_step(model) else None
 
     # -- state -----------------------------------------------------------------------------------------------------
 

@@ -63,7 +63,7 @@ class Student:
     def _call(self, refs: list[Any], what: str) -> list[Any]:
         return wait(refs, what, self.config.cluster.call_timeout_s)
 
-    def _shards(self, utterances: Batch) -> list[Batch]:
+    def _shards(self, utterances: list[Any]) -> list[list[Any]]:
         """Contiguous shards whose sizes differ by at most one."""
         ranks = self.group.world_size
         bounds = [len(utterances) * rank // ranks for rank in range(ranks + 1)]
@@ -73,10 +73,12 @@ class Student:
         """The ranks begin to read the audio of the batch that comes next. What is bad there is told when it is used."""
         self.group.prefetch(self._shards(batch))
 
-    def generate(self, batch: Batch, step: int) -> RolloutRefs:
-        """The student's responses to a global batch."""
+    def generate(self, batch: Batch, step: int, drafts: list[str | None] | None = None) -> RolloutRefs:
+        """The student's responses to a global batch; a draft is a text that a response may be like."""
         shards = self._shards(batch)
-        results = self._call(self.group.generate(shards, [step] * len(shards)), f"the rollout of step {step}")
+        drafts_of = self._shards([None] * len(batch) if drafts is None else drafts)
+        calls = self.group.generate(shards, [step] * len(shards), drafts_of)
+        results = self._call(calls, f"the rollout of step {step}")
         return RolloutRefs(
             shards=shards,
             refs=[result["refs"] for result in results],

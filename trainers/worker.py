@@ -25,8 +25,9 @@ from data.collate import Collator
 from opd.arkasr import blocked_token_ids, load_processor
 from opd.config import config_from_dict
 from opd.export import save_arkasr
-from opd.rollout.decode import decode, split, uniforms
+from opd.rollout.decode import split, uniforms
 from opd.rollout.forced import forced
+from opd.rollout.speculative import RolloutCounts, forward_cost, speculate
 from opd.types import Batch, Rollout, TeacherScore
 from opd.vocab import blocked_mask
 from trainers.base_engine import init_process_group
@@ -62,6 +63,13 @@ class StudentWorker(Worker):
         self.blocked_V = blocked_mask(blocked_token_ids(tokenizer, vocab_size, self.eos_id), vocab_size).to(self.device)
         collator = Collator(max_seconds=self.config.data.max_seconds, on_bad_audio=self.config.data.on_bad_audio)
         self.loader = PromptLoader(collator, self.processor, self.config.data.num_threads)
+        decoder_size = sum(p.numel() for p in self.engine.module.model.model.parameters())
+        self.forward_cost = forward_cost(
+            decoder_size,
+            self.engine.model_config.num_hidden_layers,
+            self.device.type,
+            self.config.cluster.threads_per_rank,
+        )
         parameters = list(self.engine.module.parameters())
         return {
             "rank": self.rank,
@@ -85,8 +93,10 @@ class StudentWorker(Worker):
     # -- rollout ---------------------------------------------------------------------------------------------------
 
     @register(dispatch_mode=Dispatch.ALL_TO_ALL, blocking=False)
-    def generate(self, shard: Batch, step: int) -> dict[str, Any]:
+    def generate(self, shard: Batch, step: int, drafts: list[str | None]) -> dict[str, Any]:
         """The student writes a response to each utterance of its shard, or reads the manifest's (rollout.source).
+
+        drafts: a text that the response may be like, or None; how much it is decides how many forwards are needed.
 
         Returns references to micro-batches of the rollout, the texts, and what audio was bad.
         """
@@ -94,9 +104,10 @@ class StudentWorker(Worker):
         self._kept.append(([u.id for u in shard], inputs))
         config = self.config.rollout
         if config.source == "manifest":
-            rollout = self._forced(inputs, shard, bad)
+            rollout, counts = self._forced(inputs, shard, bad), None
         else:
-            rollout = self._decode(inputs, shard, bad, config.temperature, step)
+            with self.engine.generation_mode():
+                rollout, counts = self._decode(inputs, shard, bad, config.temperature, step, drafts)
         parts = split(rollout, self.config.train.micro_batch_size)
         return {
             "refs": [ray.put(part.to_dict()) for part in parts],
@@ -105,6 +116,9 @@ class StudentWorker(Worker):
             "waited_s": self.loader.take_waited_s(),
             "sums": {
                 "tokens": int(rollout.response_mask_BT.sum()),
+                "forwards": int(counts.forwards_B.sum()) if counts else len(shard),
+                "drafted": int(counts.drafted_B.sum()) if counts else 0,
+                "accepted": int(counts.accepted_B.sum()) if counts else 0,
                 "finished": int(rollout.finished_B.sum()),
                 "looped": int((rollout.loop_start_B < rollout.response_ids_BT.shape[1]).sum()),
                 "empty": int((rollout.response_mask_BT.sum(1) == 1).logical_and(rollout.finished_B).sum()),
@@ -120,17 +134,20 @@ class StudentWorker(Worker):
             for start in range(0, len(shard), size):
                 batch = shard[start : start + size]
                 inputs, bad = self._prompts(batch)
-                rollout = self._decode(inputs, batch, bad, 0.0, 0, gathered=True)
+                rollout, _ = self._decode(inputs, batch, bad, 0.0, 0, [None] * len(batch))
                 skipped = rollout.bad_audio_B.tolist()
                 texts += [None if s else text for s, text in zip(skipped, self._texts(rollout), strict=True)]
         return texts
 
     def _decode(
-        self, inputs: dict, shard: Batch, bad: list, temperature: float, step: int, gathered: bool = False
-    ) -> Rollout:
+        self, inputs: dict, shard: Batch, bad: list, temperature: float, step: int, drafts: list[str | None]
+    ) -> tuple[Rollout, RolloutCounts]:
         bad_ids = {error.utterance_id for error in bad}
-        config = self.config.rollout
+        config, tokenizer = self.config.rollout, self.processor.tokenizer
         arguments = {
+            "steps": self.engine.decoder_steps(),
+            "drafts": [d and tokenizer(d, add_special_tokens=False)["input_ids"] for d in drafts],
+            "forward_cost": self.forward_cost,
             "eos_id": self.eos_id,
             "pad_id": self.pad_id,
             "blocked_V": self.blocked_V,
@@ -143,10 +160,7 @@ class StudentWorker(Worker):
         if temperature > 0:
             ids = [u.id for u in shard]
             arguments["uniforms_BT"] = uniforms(self.config.seed, step, ids, config.max_new_tokens)
-        if gathered:
-            return decode(self.engine.generate_forward, inputs, **arguments)
-        with self.engine.generation_mode():
-            return decode(self.engine.generate_forward, inputs, **arguments)
+        return speculate(self.engine.generate_forward, inputs, **arguments)
 
     def _forced(self, inputs: dict, shard: Batch, bad: list) -> Rollout:
         """The manifest's texts as a rollout."""

@@ -9,7 +9,8 @@ def find_loop(ids: list[int], max_repeats: int, max_ngram: int = 32) -> int | No
     The earliest such position over n-grams of 1 to `max_ngram` ids, so that ids before it hold the first occurrence;
     None where there is no loop. A number read out digit by digit repeats too: `max_repeats` is what is still speech.
     """
-    starts = [_second_occurrence(ids, n, max_repeats) for n in range(1, max_ngram + 1)]
+    longest = min(max_ngram, len(ids) // (max_repeats + 1))  # of which the ids can hold enough copies
+    starts = [_second_occurrence(ids, n, max_repeats) for n in range(1, longest + 1)]
     return min((start for start in starts if start is not None), default=None)
 
 

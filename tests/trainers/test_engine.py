@@ -16,6 +16,8 @@ from data.manifest import read_manifest
 from opd.arkasr import blocked_token_ids, load_model, load_processor
 from opd.config import config_from_dict
 from opd.rollout.decode import decode, split
+from opd.rollout.speculative import speculate
+from opd.rollout.steps import DecoderSteps, can_step
 from opd.schema import Config
 from opd.seed import create_seed
 from opd.step_metrics import opd_metrics
@@ -304,6 +306,54 @@ def test_ranks_decode_on_their_own_and_write_what_one_process_writes(tiny_dir: P
         )  # fmt: skip
         assert rollout.response_ids_BT[0].tolist() == row
     assert rows[0] == rows[1][:2]
+
+
+def rollouts_in_step(config: Config, manifest: Path) -> dict[str, Any]:
+    """One clip on rank 0, three on rank 1: plainly, speculatively with gathered parameters, and in step without."""
+    engine = start(config, LayeredEngine)
+    processor = load_processor(engine.path)
+    tokenizer, vocab_size = processor.tokenizer, engine.model_config.vocab_size
+    utterances = read_manifest(manifest)[: 1 + 2 * engine.rank]
+    inputs = processor.build_inputs(Collator().collate(utterances)[0])
+    blocked = blocked_token_ids(tokenizer, vocab_size, tokenizer.eos_token_id)
+    arguments: dict[str, Any] = {
+        "eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id, "max_new_tokens": 12, "top_k": 4,
+        "blocked_V": blocked_mask(blocked, vocab_size),
+    }  # fmt: skip
+    with engine.generation_mode():
+        plain = decode(engine.generate_forward, inputs, **arguments).response_ids_BT.tolist()
+        # Rank 0 has the right draft, rank 1 none: one round against twelve.
+        drafts = [[i for i in ids if i != arguments["eos_id"]] if engine.rank == 0 else None for ids in plain]
+        assert can_step(engine.module.model)
+        steps = DecoderSteps(engine.module.model)
+        apart, apart_counts = speculate(
+            engine.generate_forward, inputs, steps=steps, drafts=drafts, forward_cost=1e6, **arguments
+        )
+    with engine.eval_mode():
+        assert not can_step(engine.module.model)
+        in_step, counts = speculate(
+            engine.generate_forward, inputs, drafts=drafts, forward_cost=1e6, any_left=engine.any_rank, **arguments
+        )
+    return {
+        "plain": plain,
+        "apart": apart.response_ids_BT.tolist(),
+        "in_step": in_step.response_ids_BT.tolist(),
+        "rounds": (apart_counts.rounds, counts.rounds),
+        "forwards": counts.forwards_B.tolist(),
+    }
+
+
+def test_ranks_take_the_same_number_of_rounds_where_forwards_are_collectives(
+    tiny_dir: Path, speech: dict[str, Path]
+) -> None:
+    results = run_ranks(2, rollouts_in_step, make_config(tiny_dir), speech["train"])
+    for result in results:
+        assert result["apart"] == result["plain"]
+        assert result["in_step"] == result["plain"]
+    longest = len(results[1]["plain"][0])
+    assert longest > 1
+    assert [result["rounds"] for result in results] == [(1, longest), (longest, longest)]
+    assert results[0]["forwards"] == [1]
 
 
 def groups_of(config: Config) -> list[tuple[int, float, set[int]]]:

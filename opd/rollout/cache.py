@@ -1,0 +1,109 @@
+"""A KV cache whose rows grow each at its own pace, so that a rejected draft token costs one row a slot and no other."""
+
+from __future__ import annotations
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class _Writes:
+    """Where the running forward puts its keys and values; one for all layers."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.first, self.end = 0, 0  # slots that are written lie in [first, end)
+        self.flat: torch.Tensor | None = None  # (R * W,) places in the flattened buffers; None: all rows from `first`
+
+
+class _RowLayer(CacheLayerMixin):
+    """One layer's buffers. They are kept as (R, capacity, H, D), so that what a token adds lies together."""
+
+    is_sliding = False
+
+    def __init__(self, writes: _Writes) -> None:
+        super().__init__()
+        self.writes = writes
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        rows, heads, _, width = key_states.shape
+        # Zeros: a masked slot has weight 0, and 0 times what stood in fresh memory could be NaN.
+        self.keys = key_states.new_zeros(rows, self.writes.capacity, heads, width)
+        self.values = value_states.new_zeros(rows, self.writes.capacity, heads, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores (R, H, W, D) and returns all slots up to the last one written, (R, H, end, D)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        first, end, flat = self.writes.first, self.writes.end, self.writes.flat
+        for buffer, new in ((self.keys, key_states), (self.values, value_states)):
+            new_RWHD = new.transpose(1, 2)
+            if flat is None:
+                buffer[:, first:end] = new_RWHD
+            else:
+                buffer.flatten(0, 1).index_copy_(0, flat, new_RWHD.flatten(0, 1))
+        return self.keys[:, :end].transpose(1, 2), self.values[:, :end].transpose(1, 2)
+
+    def grow(self, capacity: int) -> None:
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_zeros(old.shape[0], capacity, *old.shape[2:])
+            new[:, : old.shape[1]] = old
+            setattr(self, name, new)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.writes.first + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.writes.end if self.is_initialized else 0
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+
+class RowCache(Cache):
+    """Fits transformers' models. The caller says before each forward where every row writes.
+
+    The prompt takes the first slots; after it, the slot of a token is the length of the prompt plus the token's
+    position in the response. What a rejected token left behind is hidden by the caller's mask and written over later.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        """capacity: slots of a row to begin with; it grows when they are used up."""
+        super().__init__(layers=[])
+        self.writes = _Writes(capacity)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        while len(self.layers) <= layer_idx:
+            self.layers.append(_RowLayer(self.writes))
+        return self.layers[layer_idx].update(key_states, value_states)
+
+    def place(self, first: int, end: int, slots_RW: torch.Tensor | None = None) -> None:
+        """The next forward writes into the slots `slots_RW` (R, W), all in [first, end); None: every row into all of them."""
+        writes = self.writes
+        if end > writes.capacity:
+            writes.capacity = end + max(16, writes.capacity // 4)
+            for layer in self.layers:
+                layer.grow(writes.capacity)
+        writes.first, writes.end = first, end
+        writes.flat = None
+        if slots_RW is not None:
+            row_R1 = torch.arange(slots_RW.shape[0], device=slots_RW.device)[:, None]
+            writes.flat = (row_R1 * writes.capacity + slots_RW).flatten()
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Keeps these rows (int64 indices) and gives the memory of the others back."""
+        for layer in self.layers:
+            layer.keep(rows)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layers[0].dtype
