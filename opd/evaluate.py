@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -116,6 +118,13 @@ def utterance_errors(
         cer_errors=characters.substitutions + characters.deletions + characters.insertions,
         ref_chars=characters.hits + characters.substitutions + characters.deletions,
     )
+
+
+def write_transcripts(path: str | os.PathLike, texts: Mapping[str, str]) -> None:
+    """Utterance id -> transcript, as JSON lines with `id` and `pred_text`."""
+    with open(path, "w", encoding="utf-8") as file:
+        for utterance_id, text in texts.items():
+            file.write(json.dumps({"id": utterance_id, "pred_text": text}, ensure_ascii=False) + "\n")
 
 
 def sample_table(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -13,7 +14,7 @@ from data.sampler import EpochSampler
 from opd.bad_audio import BadAudioList
 from opd.card import write_model_card
 from opd.checkpoint import RunDir
-from opd.evaluate import sample_table, score_transcripts
+from opd.evaluate import sample_table, score_transcripts, write_transcripts
 from opd.gate import TeacherGate
 from opd.hub import check_push, push
 from opd.metrics import MetricsLog, PhaseTimer
@@ -23,6 +24,7 @@ from opd.schedule import RolloutLine, ScoredRollout
 from opd.schema import FROZEN_KEYS, Config
 from opd.seed import fresh_student
 from opd.step_metrics import opd_metrics, sft_metrics, start_seconds
+from opd.tables import print_table
 from opd.teacher_data import TeacherData
 from opd.teachers.environment import check_environments
 from opd.teachers.routing import Router
@@ -59,13 +61,9 @@ class Run:
         self.bad_audio = BadAudioList(run_dir.bad_audio_path, self.state, config.data.max_bad_share)
         self.bad_audio.truncate(self.step)
         self.log = MetricsLog(
-            run_dir.path,
-            config.to_dict(),
-            config.wandb.mode,
-            config.wandb.project,
-            config.train.num_steps,
+            run_dir.path, config.to_dict(), config.wandb.mode, config.wandb.project, config.train.num_steps,
             config.train.log_every,
-        )
+        )  # fmt: skip
 
     def _read_data(self) -> None:
         config, data = self.config, self.config.data
@@ -221,18 +219,12 @@ class Run:
         if self.gate is not None:
             metrics["gate/left_out_share"] = self.gate.num_left_out / max(1, self.gate.num_checked)
         bad_ids = self.bad_audio.note(step, rollout.bad, len(batch))
-        known = [
-            (u, text)
-            for u, text in zip(batch, rollout.texts, strict=True)
-            if u.text is not None and u.id not in bad_ids
-        ]
+        pairs = zip(batch, rollout.texts, strict=True)
+        known = [(u, text) for u, text in pairs if u.text is not None and u.id not in bad_ids]
         if known and self.config.rollout.source == "student":
-            metrics["rollout/wer"] = score_transcripts(
-                [str(u.text) for u, _ in known],
-                [text for _, text in known],
-                [u.language for u, _ in known],
-                self.config.eval.normaliser,
-            ).wer
+            references, languages = [str(u.text) for u, _ in known], [u.language for u, _ in known]
+            texts = [text for _, text in known]
+            metrics["rollout/wer"] = score_transcripts(references, texts, languages, self.config.eval.normaliser).wer
         self._log(step, metrics)
 
     def log_sft(self, step: int, sums: dict[str, Any]) -> None:
@@ -363,35 +355,33 @@ class Run:
         summary = self._summary(exported_step, export_dir, after)
         export = self.config.export
         write_model_card(export_dir, {**summary, "license": export.license, "config": self.config.to_dict()})
-        self._write_transcripts()
+        for name, texts in self.history.get("transcripts", {}).items():
+            write_transcripts(self.dir.path / f"transcripts-{name}.jsonl", texts)
         self.dir.write_summary(summary)
         if export.push:  # after the summary: a push that fails loses nothing and can be repeated
             print(f"push: {push(export_dir, export.push, export.private, export.revision)}")
         return self.print_summary()
 
-    def _summary(self, exported_step: int, export_dir: Any, after: dict[str, Any]) -> dict[str, Any]:
+    def _summary(self, exported_step: int, export_dir: Path, after: dict[str, Any]) -> dict[str, Any]:
         before, teacher = self.state["eval_before"], self.state.get("eval_teacher", {})
         evaluation = {
             name: {"before": before.get(name), "after": after[name], **({"teacher": teacher[name]} if teacher else {})}
             for name in after
         }
+        config = self.config
         summary = {
-            "recipe": self.config.recipe_name,
-            "stage": self.config.stage,
-            "steps": self.step,
-            "exported_step": exported_step,
-            "seed": self.config.seed,
+            "recipe": config.recipe_name, "stage": config.stage, "steps": self.step, "exported_step": exported_step,
+            "seed": config.seed,
             "seconds": {name: round(value, 3) for name, value in self.timer.seconds().items()},
             "cpu_seconds": {name: round(value, 2) for name, value in self.state["cpu_seconds"].items()},
             "start": self.history.get("start"),
             "eval": evaluation,
-            "train_manifest": self.config.data.train_manifest,
-            "eval_manifests": self.config.data.eval_manifests,
+            "train_manifest": config.data.train_manifest, "eval_manifests": config.data.eval_manifests,
             "train_texts": sum(u.text is not None for u in self.utterances),
             "export_dir": str(export_dir),
             "languages": sorted({u.language for s in self.eval_sets.values() for u in s if u.language}),
-        }
-        if self.config.stage == "td":
+        }  # fmt: skip
+        if config.stage == "td":
             summary["teacher_data"] = self.teacher_data.counts()
         if self.gate is not None:
             summary["gate"] = {"checked": self.gate.num_checked, "left_out": self.gate.num_left_out}
@@ -402,16 +392,8 @@ class Run:
         best = self.dir.best()
         return best[0] if self.config.eval.patience and best else self.step
 
-    def _write_transcripts(self) -> None:
-        for name, texts in self.history.get("transcripts", {}).items():
-            with open(self.dir.path / f"transcripts-{name}.jsonl", "w", encoding="utf-8") as file:
-                for utterance_id, text in texts.items():
-                    file.write(json.dumps({"id": utterance_id, "pred_text": text}, ensure_ascii=False) + "\n")
-
     def print_summary(self) -> dict[str, Any]:
         """Prints the table of summary.json and hands the summary back."""
-        from opd.tables import print_table
-
         summary = json.loads((self.dir.path / "summary.json").read_text(encoding="utf-8"))
         print_table(summary)
         print(f"run: {self.dir.path}\nexport: {summary['export_dir']}")
