@@ -149,7 +149,7 @@ class _Picker:
 
 
 class _Writing:
-    """The state of a rollout between its rounds. `held` rows are in the cache; those of them not `done` are written."""
+    """The state of a rollout between its rounds: of the R rows that are in the batch, some of which may be done."""
 
     def __init__(
         self,
@@ -168,30 +168,31 @@ class _Writing:
         num_rows, self.prompt_length = inputs["input_ids"].shape
         self.device = inputs["input_ids"].device
         self.drafts = Drafts([None if bad else d for d, bad in zip(drafts, bad_B, strict=True)], eos_id, forward_cost)
-        self.ids_BT = np.full((num_rows, max_new_tokens), pad_id, dtype=np.int64)
-        self.written_B = np.zeros(num_rows, dtype=np.int64)
-        self.done_B = bad_B.copy()
-        self.held = np.arange(num_rows)
+        self.ids_BT = np.full((num_rows, max_new_tokens), pad_id)
+        self.counts_B4 = np.zeros((num_rows, 4), dtype=np.int64)  # tokens written, forwards, drafted, accepted
+        self.rows_R = np.arange(num_rows)
+        self.going_R = ~bad_B
+        self.counts_R4 = self.counts_B4.copy()
+        self.last_R = np.full(num_rows, pad_id)  # the token that each row wrote last
         self.rounds = 0
-        self.forwards_B, self.drafted_B, self.accepted_B = (np.zeros(num_rows, dtype=np.int64) for _ in range(3))
 
     @property
     def has_rows(self) -> bool:
-        return not self.done_B.all()
+        return bool(self.going_R.any())
 
     def first_round(self) -> None:
         """Prompt and draft in one forward. Audio goes in here and nowhere else."""
         width, draft_RW = self._drafted()
-        ids_RW = self._to_device(np.where(draft_RW < 0, self.pad_id, draft_RW))
-        first_mask_BP = self.inputs["attention_mask"]
+        ids_RW = self._to_device(np.where(draft_RW < 0, self.pad_id, draft_RW)[:, :width])
+        mask_BP = self.inputs["attention_mask"]
         self.cache = RowCache(self.prompt_length + min(self.max_new_tokens, max(32, 2 * width)))
         self.cache.place(0, self.prompt_length + width)
-        self.padding_R = first_mask_BP.argmax(1)  # slots before a row's first real token
+        self.padding_R = mask_BP.argmax(1)  # slots before a row's first real token
         out = self.forward(
             **dict(self.inputs)
             | {
                 "input_ids": torch.cat([self.inputs["input_ids"], ids_RW], 1),
-                "attention_mask": torch.cat([first_mask_BP, torch.ones_like(ids_RW, dtype=first_mask_BP.dtype)], 1),
+                "attention_mask": torch.cat([mask_BP, torch.ones_like(ids_RW, dtype=mask_BP.dtype)], 1),
             },
             past_key_values=self.cache,
             use_cache=True,
@@ -203,78 +204,72 @@ class _Writing:
     def round(self) -> None:
         """The last token of each row and what its draft says next, in one forward."""
         width, draft_RW = self._drafted()
-        last_R = self.ids_BT[self.held, np.maximum(self.written_B[self.held] - 1, 0)]
-        ids_RW = np.where(draft_RW < 0, self.pad_id, draft_RW)
-        first_R = self.prompt_length + np.maximum(self.written_B[self.held] - 1, 0)
+        first_R = np.maximum(self.counts_R4[:, 0] + (self.prompt_length - 1), self.prompt_length)
         slots_RW = first_R[:, None] + np.arange(width + 1)
-        ids_and_slots = self._to_device(np.stack([np.concatenate([last_R[:, None], ids_RW], 1), slots_RW]))
-        low, end = int(first_R.min()), int(slots_RW.max()) + 1
+        ids_RW = np.empty_like(slots_RW)
+        ids_RW[:, 0] = self.last_R
+        ids_RW[:, 1:] = np.where(draft_RW < 0, self.pad_id, draft_RW)[:, :width]
+        ids_and_slots = self._to_device(np.stack([ids_RW, slots_RW]))
+        low, end = int(first_R.min()), int(first_R.max()) + width + 1
         self.cache.place(low, end, None if end - low == width + 1 else ids_and_slots[1])
         out = self.steps(
             input_ids=ids_and_slots[0],
             attention_mask=self._mask(ids_and_slots[1], end),
-            position_ids=ids_and_slots[1] - self.padding_R[:, None],
+            position_ids=ids_and_slots[1] - self.padding_R,
             past_key_values=self.cache,
             use_cache=True,
         )
         self._accept(out.logits, draft_RW)
 
     def _drafted(self) -> tuple[int, np.ndarray]:
-        """How many draft tokens this round checks, and which: (held rows, width), -1 where there are none."""
-        alive = ~self.done_B[self.held]
+        """How many draft tokens this round checks, and which: (R, width + 1), -1 where there are none."""
         # One token fewer than there is room for: the student's own comes behind them.
-        room_R = np.where(alive, self.max_new_tokens - 1 - self.written_B[self.held], 0)
-        width = self.drafts.width(self.held[alive], room_R[alive], len(self.held)) if alive.any() else 0
-        return width, self.drafts.propose(self.held, width, room_R)
+        room_R = np.where(self.going_R, self.max_new_tokens - 1 - self.counts_R4[:, 0], -1)
+        width = self.drafts.width(room_R)
+        return width, self.drafts.propose(width, room_R)
 
     def _accept(self, logits_RWV: torch.Tensor, draft_RW: np.ndarray) -> None:
         """Takes over what each row has written in this forward: the agreeing part of its draft and its own token."""
         self.rounds += 1
-        width = draft_RW.shape[1]
-        written_R = self.written_B[self.held]
-        token_RW = self.picker.pick(logits_RWV, self.held, written_R).cpu().numpy()
-        accepted_R = np.logical_and.accumulate(draft_RW == token_RW[:, :width], axis=1).sum(1)
-        columns_W = np.arange(width + 1)
-        ends_RW = (token_RW == self.eos_id) & (columns_W <= accepted_R[:, None])
-        ended_R = ends_RW.any(1)
-        count_R = np.where(ended_R, ends_RW.argmax(1) + 1, accepted_R + 1)
-        alive_R = ~self.done_B[self.held]
-        new_RW = (columns_W < count_R[:, None]) & alive_R[:, None]
-        held_N, column_N = new_RW.nonzero()
-        rows_N, position_N = self.held[held_N], written_R[held_N] + column_N
-        ids_N = token_RW[held_N, column_N]
+        written_R, row_R = self.counts_R4[:, 0], np.arange(len(self.rows_R))
+        token_RW = self.picker.pick(logits_RWV, self.rows_R, written_R).cpu().numpy()
+        accepted_R = (draft_RW != token_RW).argmax(1)  # the last column never agrees
+        # A draft has EOS at its end only: where that was accepted, nothing comes behind it.
+        ended_R = (accepted_R > 0) & (token_RW[row_R, accepted_R - 1] == self.eos_id)
+        count_R = np.where(self.going_R, accepted_R + 1 - ended_R, 0)
+        self.last_R = token_RW[row_R, count_R - 1]
+        row_N, column_N = (np.arange(token_RW.shape[1]) < count_R[:, None]).nonzero()
+        rows_N, position_N, ids_N = self.rows_R[row_N], written_R[row_N] + column_N, token_RW[row_N, column_N]
         self.ids_BT[rows_N, position_N] = ids_N
-        flat_N = torch.from_numpy(held_N * (width + 1) + column_N).to(logits_RWV.device)
+        flat_N = self._to_device(row_N * token_RW.shape[1] + column_N)
         self.picker.keep(logits_RWV.flatten(0, 1)[flat_N], ids_N, rows_N, position_N)
-        rows = self.held[alive_R]
-        self.written_B[rows] += count_R[alive_R]
-        self.forwards_B[rows] += 1
-        self.drafted_B[rows] += (draft_RW[alive_R] >= 0).sum(1)
-        self.accepted_B[rows] += np.minimum(accepted_R, count_R)[alive_R]
-        self.done_B[rows] = ended_R[alive_R] | (self.written_B[rows] >= self.max_new_tokens)
-        going_R = ~self.done_B[self.held]
-        if self.drafts.length_B[self.held[going_R]].any():
-            self.drafts.advance(self.held[going_R], accepted_R[going_R], token_RW[going_R])
-        self._let_go(going_R)
+        self.counts_R4 += np.stack([count_R, self.going_R, (draft_RW >= 0).sum(1), accepted_R], 1)
+        self.going_R &= (self.last_R != self.eos_id) & (self.counts_R4[:, 0] < self.max_new_tokens)
+        self.drafts.advance(accepted_R, self.last_R)
+        self._let_go()
 
-    def _let_go(self, going_R: np.ndarray) -> None:
+    def _let_go(self) -> None:
         """Takes finished rows out of the batch, once they are a quarter of it: doing so copies the cache."""
-        num_done = len(going_R) - int(going_R.sum())
-        if 4 * num_done < len(going_R) or not going_R.any():
+        num_going = np.count_nonzero(self.going_R)
+        if 4 * (len(self.rows_R) - num_going) < len(self.rows_R) or not num_going:
             return  # the last rows stay: a rank that is done runs along on them
-        index = self._to_device(going_R.nonzero()[0])
-        self.held = self.held[going_R]
+        self.counts_B4[self.rows_R] = self.counts_R4
+        kept_R = self.going_R.nonzero()[0]
+        self.rows_R, self.counts_R4, self.last_R = self.rows_R[kept_R], self.counts_R4[kept_R], self.last_R[kept_R]
+        self.going_R = self.going_R[kept_R]
+        self.drafts.keep(kept_R)
+        index = self._to_device(kept_R)
         self.cache.keep(index)
-        self.padding_R = self.padding_R[index]
+        self.padding_R = self.padding_R[index, 0]
         self._set_hidden()
 
     def _set_hidden(self) -> None:
         """What a row may never attend to, as an additive mask over all slots: its left padding."""
+        self.padding_R = self.padding_R.view(-1, 1)
         dtype = self.cache.dtype
         self.far = torch.finfo(dtype).min
-        slot_L = torch.arange(self.cache.writes.capacity, device=self.device)
-        hidden_RL = (slot_L < self.padding_R[:, None]).to(dtype) * self.far
-        self.slot_L, self.hidden_R11L = slot_L, hidden_RL[:, None, None]
+        self.slot_L = torch.arange(self.cache.writes.capacity, device=self.device)
+        self.hidden_R11L = ((self.slot_L < self.padding_R).to(dtype) * self.far)[:, None, None]
 
     def _mask(self, slots_RW: torch.Tensor, end: int) -> torch.Tensor:
         """Additive mask (R, 1, W, end): a token sees its row's own slots up to its own."""
@@ -288,9 +283,11 @@ class _Writing:
     def rollout(self, bad_B: torch.Tensor, max_repeats: int) -> Rollout:
         """The record of what was written, T being the longest response (at least 1)."""
         self.picker.finish()
-        length = max(1, int(self.written_B.max()))
+        self.counts_B4[self.rows_R] = self.counts_R4
+        written_B = self.counts_B4[:, 0]
+        length = max(1, int(written_B.max()))
         ids_BT = torch.from_numpy(self.ids_BT[:, :length].copy())
-        mask_BT = torch.from_numpy(np.arange(length) < self.written_B[:, None])
+        mask_BT = torch.from_numpy(np.arange(length) < written_B[:, None])
         return Rollout(
             response_ids_BT=ids_BT,
             response_mask_BT=mask_BT,
@@ -302,7 +299,5 @@ class _Writing:
         )
 
     def counts(self) -> RolloutCounts:
-        forwards_B, drafted_B, accepted_B = (
-            torch.from_numpy(array) for array in (self.forwards_B, self.drafted_B, self.accepted_B)
-        )
+        _, forwards_B, drafted_B, accepted_B = torch.from_numpy(self.counts_B4.copy()).unbind(1)
         return RolloutCounts(self.rounds, forwards_B, drafted_B, accepted_B)
