@@ -24,6 +24,7 @@ from opd.arkasr import cut_at_silences
 from opd.batch_transcribe import Journal, ManifestJob, ModelSettings, Outcome, plan_batches
 from opd.results import average, score_leaderboard_file, script_language, summarise, write_leaderboard_file
 from opd.transcribe import DecodeSettings, Transcriber
+from opd.transcribe_cli import evaluate_main
 from opd.types import Utterance
 
 ROOT = Path(__file__).parents[2]
@@ -275,7 +276,9 @@ def test_killed_inference_goes_on(tmp_path: Path, speech: dict[str, Path], alone
     assert [row["id"] for row in rows_of(output)] == [f"{n}/{row['id']}" for n in range(20) for row in rows]
 
 
-def test_evaluate_command_scores_several_manifests(tmp_path: Path, speech: dict[str, Path]) -> None:
+def test_evaluate_command_scores_several_manifests(
+    tmp_path: Path, speech: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     """Two sets in one call and one table, two workers, the leaderboard's files; scored anew without decoding."""
     other = tmp_path / "other.jsonl"
     other.write_text(
@@ -309,9 +312,9 @@ def test_evaluate_command_scores_several_manifests(tmp_path: Path, speech: dict[
         board = rows_of(tmp_path / "board" / f"MODEL_org-tiny_DATASET_{name}.jsonl")
         assert [set(row) for row in board] == [{"audio_filepath", "duration", "time", "text", "pred_text"}] * size
     journal = (tmp_path / "results" / "eval.jsonl.journal").read_bytes()
-    ended = command(EVALUATE, *[a for a in arguments if a != "--disable_text_normalize"])
-    assert ended.returncode == 0, ended.stderr
-    assert "12 of 12 utterances are done already" in ended.stderr
+    arguments = ["--model_path", TEACHER, *[a for a in arguments if a != "--disable_text_normalize"]]
+    assert evaluate_main([str(a) for a in arguments]) == 0
+    assert "12 of 12 utterances are done already" in capsys.readouterr().err
     assert (tmp_path / "results" / "eval.jsonl.journal").read_bytes() == journal
     summary = json.loads((tmp_path / "results" / "eval.jsonl.summary.json").read_text())
     assert summary["normaliser"].startswith("whisper-english")
@@ -340,8 +343,6 @@ def test_bad_input_gives_one_line(
     arguments: list[str],
     message: str,
 ) -> None:
-    from opd.transcribe_cli import evaluate_main
-
     for name in ("m.jsonl", "n.jsonl"):
         (tmp_path / name).write_text('{"audio": "a.wav"}\n')
     monkeypatch.chdir(tmp_path)
