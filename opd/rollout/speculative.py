@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from opd.rollout.cache import RowCache
 from opd.rollout.decode import loop_starts, pick
@@ -51,8 +52,8 @@ def forward_cost(num_parameters: int, num_layers: int, device: str, num_threads:
     a factor of two in it costs a few per cent of speed.
     """
     if device == "cpu":
-        return 6.0 * num_threads + num_layers * 2e-4 / (2 * num_parameters / (3e10 * num_threads))
-    return 150.0 + num_layers * 2e-4 / (2 * num_parameters / 3e14)
+        return 6.0 * num_threads + num_layers * 3e-4 / (2 * num_parameters / (5e10 * num_threads))
+    return 150.0 + num_layers * 3e-4 / (2 * num_parameters / 3e14)
 
 
 @torch.no_grad()
@@ -95,6 +96,23 @@ def speculate(
     while any_left(writing.has_rows) if any_left is not None else writing.has_rows:
         writing.round()
     return writing.rollout(bad_B, max_repeats), writing.counts()
+
+
+def topk_ids(logits_NV: torch.Tensor, k: int) -> torch.Tensor:
+    """The ids of the k largest in each row, the largest first: (N, k). Twice as fast as topk over a vocabulary.
+
+    The k groups with the largest maxima hold the k largest.
+    """
+    num_rows, vocab_size = logits_NV.shape
+    size = 4 if vocab_size < 10_000 else 16  # of a group
+    num_groups = -(-vocab_size // size)
+    if num_groups <= 2 * k:
+        return logits_NV.topk(k, dim=-1).indices
+    missing = num_groups * size - vocab_size
+    padded = functional.pad(logits_NV, (0, missing), value=float("-inf")) if missing else logits_NV
+    groups_NK = padded.view(num_rows, size, num_groups).amax(1).topk(k, dim=-1, sorted=False).indices
+    ids_NC = (groups_NK[:, None] + num_groups * torch.arange(size, device=logits_NV.device)[:, None]).flatten(1)
+    return ids_NC.gather(-1, padded.gather(-1, ids_NC).topk(k, dim=-1).indices)
 
 
 class _Picker:
@@ -143,7 +161,7 @@ class _Picker:
         self._waiting = []
         logits_NV, ids_N = torch.cat(logits).float(), torch.cat(ids)
         place = (torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(positions)))
-        self.topk_ids_BTK[place] = logits_NV.topk(self.top_k, dim=-1).indices.cpu()
+        self.topk_ids_BTK[place] = topk_ids(logits_NV, self.top_k).cpu()
         scaled_NV = logits_NV / self.temperature if self.temperature > 0 else logits_NV
         self.logprobs_BT[place] = scaled_NV.log_softmax(-1).gather(-1, ids_N[:, None])[:, 0].cpu()
 

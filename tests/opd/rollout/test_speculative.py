@@ -16,7 +16,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from opd.arkasr import ArkasrForConditionalGeneration, blocked_token_ids, load_model, load_processor
 from opd.rollout.decode import decode, uniforms
-from opd.rollout.speculative import RolloutCounts, forward_cost, speculate
+from opd.rollout.speculative import RolloutCounts, forward_cost, speculate, topk_ids
 from opd.rollout.steps import DecoderSteps, can_step
 from opd.types import Rollout
 from opd.vocab import blocked_mask
@@ -270,6 +270,15 @@ def test_a_forward_costs_more_tokens_where_reading_weights_is_slow() -> None:
     tiny, large = forward_cost(150_000, 2, "cpu"), forward_cost(25_000_000, 8, "cpu")
     assert tiny > 5 * large
     assert forward_cost(3_000_000_000, 36, "cuda") > tiny
+
+
+@pytest.mark.parametrize(("vocab_size", "k"), [(7, 3), (384, 32), (1001, 32), (12_345, 5)])
+def test_topk_by_groups_is_topk(vocab_size: int, k: int) -> None:
+    logits_NV = torch.randn(50, vocab_size, generator=torch.Generator().manual_seed(k))
+    logits_NV[:, torch.arange(vocab_size) % 3 == 1] = float("-inf")
+    logits_NV[:20, k + 1 :] = float("-inf")  # hardly more than k are allowed, all in few groups
+    k = min(k, int((logits_NV > float("-inf")).sum(1).min()))
+    assert torch.equal(topk_ids(logits_NV, k), logits_NV.topk(k, dim=-1).indices)
 
 
 def test_counts_are_plain_numbers(setup) -> None:
