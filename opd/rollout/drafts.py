@@ -31,7 +31,8 @@ class Drafts:
             target_M[: len(row)] = row
         self.next_R = np.zeros(len(rows), dtype=np.int64)  # first token of the draft that was not used yet
         self._row_R = np.arange(len(rows))
-        self._place_M = np.arange(longest + 1)
+        self._columns_M = np.arange(longest + MAX_WIDTH + 1)
+        self._place_M = self._columns_M[: longest + 1]
         # Edit distance between what the row has written and the first 0, 1, ... tokens of its draft.
         self._distance_RM = np.tile(self._place_M, (len(rows), 1))
         self._beyond_RM = np.where(self._place_M > self.length_R[:, None], 1 << 40, 0)
@@ -58,20 +59,20 @@ class Drafts:
         longest = min(int(left_R.max()), MAX_WIDTH)
         if longest <= 0:
             return 0
-        count_W = np.arange(1, longest + 1)
+        count_W = self._columns_M[1 : longest + 1]
         rate_R = np.clip(self._right_R / self._tested_R, 0.01, 0.99)
         reached_RW = rate_R[:, None] ** count_W * (count_W <= left_R[:, None])
         written_W = np.empty(longest + 1)
         written_W[0] = np.count_nonzero(room_R >= 0)
         written_W[1:] = reached_RW.sum(0)
-        cost_W = self.forward_cost + len(rate_R) * np.arange(1, longest + 2)
+        cost_W = self.forward_cost + len(rate_R) * self._columns_M[1 : longest + 2]
         return int((written_W.cumsum() / cost_W).argmax())
 
     def propose(self, width: int, room_R: np.ndarray) -> np.ndarray:
         """The next `width` draft tokens of each row, then one -1: (R, width + 1), -1 where there are none."""
         if width == 0:
             return np.full((len(self.next_R), 1), -1)
-        columns_W = np.arange(width + 1)
+        columns_W = self._columns_M[: width + 1]
         ids_RW = self.tokens_RM[self._row_R[:, None], self.next_R[:, None] + columns_W]
         return np.where(columns_W < np.minimum(room_R, width)[:, None], ids_RW, -1)
 

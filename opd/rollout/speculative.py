@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from opd.rollout.cache import RowCache
 from opd.rollout.decode import loop_starts, pick
-from opd.rollout.drafts import Drafts
+from opd.rollout.drafts import MAX_WIDTH, Drafts
 from opd.types import Rollout
 
 PICK_CHUNK = 128  # positions sampled at a time: each takes a float64 row over the vocabulary
@@ -193,6 +193,7 @@ class _Writing:
         self.counts_R4 = self.counts_B4.copy()
         self.last_R = np.full(num_rows, pad_id)  # the token that each row wrote last
         self.rounds = 0
+        self.columns = np.arange(max(num_rows, MAX_WIDTH + 1))
 
     @property
     def has_rows(self) -> bool:
@@ -201,7 +202,7 @@ class _Writing:
     def first_round(self) -> None:
         """Prompt and draft in one forward. Audio goes in here and nowhere else."""
         width, draft_RW = self._drafted()
-        ids_RW = self._to_device(np.where(draft_RW < 0, self.pad_id, draft_RW)[:, :width])
+        ids_RW = self._to_device(np.maximum(draft_RW[:, :width], 0))
         mask_BP = self.inputs["attention_mask"]
         self.cache = RowCache(self.prompt_length + min(self.max_new_tokens, max(32, 2 * width)))
         self.cache.place(0, self.prompt_length + width)
@@ -223,17 +224,18 @@ class _Writing:
         """The last token of each row and what its draft says next, in one forward."""
         width, draft_RW = self._drafted()
         first_R = np.maximum(self.counts_R4[:, 0] + (self.prompt_length - 1), self.prompt_length)
-        slots_RW = first_R[:, None] + np.arange(width + 1)
-        ids_RW = np.empty_like(slots_RW)
-        ids_RW[:, 0] = self.last_R
-        ids_RW[:, 1:] = np.where(draft_RW < 0, self.pad_id, draft_RW)[:, :width]
-        ids_and_slots = self._to_device(np.stack([ids_RW, slots_RW]))
+        planes_2RW = np.empty((2, len(first_R), width + 1), dtype=np.int64)  # one copy to the device for both
+        planes_2RW[0, :, 0] = self.last_R
+        np.copyto(planes_2RW[0, :, 1:], draft_RW[:, :width])
+        np.maximum(planes_2RW[0], 0, out=planes_2RW[0])  # any token where there is no draft; it is never accepted
+        np.add(first_R[:, None], self.columns[: width + 1], out=planes_2RW[1])
+        ids_RW, slots_RW = self._to_device(planes_2RW)
         low, end = int(first_R.min()), int(first_R.max()) + width + 1
-        self.cache.place(low, end, None if end - low == width + 1 else ids_and_slots[1])
+        self.cache.place(low, end, None if end - low == width + 1 else slots_RW)
         out = self.steps(
-            input_ids=ids_and_slots[0],
-            attention_mask=self._mask(ids_and_slots[1], end),
-            position_ids=ids_and_slots[1] - self.padding_R,
+            input_ids=ids_RW,
+            attention_mask=self._mask(slots_RW, end),
+            position_ids=slots_RW - self.padding_R,
             past_key_values=self.cache,
             use_cache=True,
         )
@@ -249,19 +251,22 @@ class _Writing:
     def _accept(self, logits_RWV: torch.Tensor, draft_RW: np.ndarray) -> None:
         """Takes over what each row has written in this forward: the agreeing part of its draft and its own token."""
         self.rounds += 1
-        written_R, row_R = self.counts_R4[:, 0], np.arange(len(self.rows_R))
+        written_R, row_R = self.counts_R4[:, 0], self.columns[: len(self.rows_R)]
         token_RW = self.picker.pick(logits_RWV, self.rows_R, written_R).cpu().numpy()
         accepted_R = (draft_RW != token_RW).argmax(1)  # the last column never agrees
         # A draft has EOS at its end only: where that was accepted, nothing comes behind it.
         ended_R = (accepted_R > 0) & (token_RW[row_R, accepted_R - 1] == self.eos_id)
         count_R = np.where(self.going_R, accepted_R + 1 - ended_R, 0)
         self.last_R = token_RW[row_R, count_R - 1]
-        row_N, column_N = (np.arange(token_RW.shape[1]) < count_R[:, None]).nonzero()
+        row_N, column_N = (self.columns[: token_RW.shape[1]] < count_R[:, None]).nonzero()
         rows_N, position_N, ids_N = self.rows_R[row_N], written_R[row_N] + column_N, token_RW[row_N, column_N]
         self.ids_BT[rows_N, position_N] = ids_N
         flat_N = self._to_device(row_N * token_RW.shape[1] + column_N)
         self.picker.keep(logits_RWV.flatten(0, 1)[flat_N], ids_N, rows_N, position_N)
-        self.counts_R4 += np.stack([count_R, self.going_R, (draft_RW >= 0).sum(1), accepted_R], 1)
+        self.counts_R4[:, 1] += self.going_R
+        self.counts_R4[:, 2] += np.count_nonzero(draft_RW >= 0, axis=1)
+        self.counts_R4[:, 3] += accepted_R
+        self.counts_R4[:, 0] += count_R  # last: written_R is a view of it
         self.going_R &= (self.last_R != self.eos_id) & (self.counts_R4[:, 0] < self.max_new_tokens)
         self.drafts.advance(accepted_R, self.last_R)
         self._let_go()
