@@ -248,7 +248,7 @@ def test_real_speech_is_clean(speech: dict[str, Path]) -> None:
     # The same audio with and without text is what a labelled and an unlabelled stage have in common.
     shared = validate([speech["train"], speech["unlabelled"]])
     assert {finding.kind for finding in shared.findings} == {"shared_audio", "shared_id"}
-    assert len(shared.findings) == 2 * 48
+    assert len(shared.findings) == 2 * 24
 
 
 def test_empty_manifest(tmp_path: Path) -> None:
