@@ -601,7 +601,7 @@ def test_interrupted_import_leaves_no_manifest(tmp_path: Path) -> None:
         time.sleep(0.05)
     assert marker.exists()
     os.killpg(process.pid, signal.SIGINT)  # as the terminal does it: the command, too
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130, stderr
     assert "interrupted, no manifest is written" in stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.wav", "a_audio", "data", "started"]
