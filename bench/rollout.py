@@ -151,7 +151,21 @@ def sides(scene: Scene) -> dict[str, Callable]:
     def ours(inputs: dict, drafts: Any) -> tuple[Rollout, RolloutCounts]:
         return speculate(model, inputs, steps=DecoderSteps(model), drafts=drafts, forward_cost=cost, **arguments)
 
-    return {"prefill": prefill, "other": generate, "plain": lambda inputs, _: ours(inputs, None), "ours": ours}
+    def generate_record(inputs: dict, drafts: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Ids, top-k ids and log-probabilities, as a `Rollout` has them."""
+        out = model.generate(
+            **inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, output_logits=True, return_dict_in_generate=True,
+            eos_token_id=arguments["eos_id"], pad_token_id=arguments["pad_id"],
+        )  # fmt: skip
+        ids_BT = out.sequences[:, inputs["input_ids"].shape[1] :]
+        logits_BTV = torch.stack(out.logits, 1).masked_fill(arguments["blocked_V"], float("-inf"))
+        logprobs_BT = logits_BTV.log_softmax(-1).gather(-1, ids_BT[..., None])[..., 0]
+        return ids_BT, logits_BTV.topk(TOP_K, dim=-1).indices, logprobs_BT
+
+    return {
+        "prefill": prefill, "other": generate, "record": generate_record,
+        "plain": lambda inputs, _: ours(inputs, None), "ours": ours,
+    }  # fmt: skip
 
 
 def encoded(scene: Scene) -> tuple[list[dict], list[Callable]]:
@@ -173,6 +187,11 @@ def check(scene: Scene, batches: list[dict], drafts: list) -> list[RolloutCounts
             raise SystemExit("the two sides wrote different tokens; nothing was timed")
         plain = functions["plain"](inputs, None)[0]
         assert torch.equal(plain.response_ids_BT, written), "plain decoding writes something else"
+        _, topk_ids_BTK, logprobs_BT = functions["record"](inputs, None)
+        mask_BT = rollout.response_mask_BT
+        same = (topk_ids_BTK[mask_BT] == rollout.topk_ids_BTK[mask_BT]).float().mean()
+        assert same > 0.99, "other top-k ids"  # where two are equally likely, rounding may exchange them
+        torch.testing.assert_close(logprobs_BT[mask_BT], rollout.logprobs_BT[mask_BT], atol=1e-4, rtol=0)
         counts.append(count)
     return counts
 
@@ -198,7 +217,7 @@ def measure(case: str, scene: Scene, rate: float | None, runs: int) -> tuple[Row
                 runs_of[name].append(timed(function, inputs, rows))
         for name, values in runs_of.items():
             seconds[name] += statistics.median(values)
-    after = {name: seconds[name] - seconds["prefill"] for name in ("ours", "other", "plain")}
+    after = {name: seconds[name] - seconds["prefill"] for name in ("ours", "other", "record", "plain")}
     end_to_end = (seconds["encoder"] + seconds["other"]) / (seconds["encoder"] + seconds["ours"])
     num_rows = sum(len(rows) for rows in scene.responses)
     tokens = sum(len(ids) + 1 for rows in scene.responses for ids in rows)
@@ -209,7 +228,8 @@ def measure(case: str, scene: Scene, rate: float | None, runs: int) -> tuple[Row
         f"drafts' WER {wer:.1%}; {forwards / num_rows:.2f} forwards an utterance instead of {tokens / num_rows:.2f} "
         f"({forwards / tokens:.1%}); {accepted / max(1, drafted):.0%} of drafted tokens accepted; end to end "
         f"{end_to_end:.2f} times as fast, with {seconds['encoder']:.2f} s of encoder and {seconds['prefill']:.2f} s of "
-        f"prefill; our plain decoding {after['plain'] / after['ours']:.2f} times as long"
+        f"prefill; generate with top-k and log-probabilities {after['record'] / after['ours']:.2f} times as long, our plain "
+        f"decoding {after['plain'] / after['ours']:.2f}"
     )
     row = Row(case, after["ours"], OTHER, after["other"], after["other"] / after["ours"])
     return row, note, forwards / tokens
