@@ -595,6 +595,8 @@ def test_interrupted_import_leaves_no_manifest(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # What is started in the background ignores this signal, and hands that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 60
     while not marker.exists() and time.monotonic() < deadline:
