@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 
+from data.buckets import spread_by_length
 from data.manifest import read_manifest
 from data.sampler import EpochSampler
 from opd.bad_audio import BadAudioList
@@ -192,8 +193,8 @@ class Run:
         size = self.config.train.batch_size
         batch: Batch = []
         if self.gate is None:
-            batch = self._draw(size)
-            self.student.prefetch([self.utterances[index] for index in self.sampler.peek_batch(size)])
+            batch = self._spread(self._draw(size))
+            self.student.prefetch(self._spread([self.utterances[index] for index in self.sampler.peek_batch(size)]))
             return batch
         drawn = 0
         with self.timer("gate"):
@@ -205,10 +206,17 @@ class Run:
                     )
                 drawn += size - len(batch)
                 batch += self.gate.accept(self._draw(size - len(batch)))
-        return batch
+        return self._spread(batch)
 
     def _draw(self, size: int) -> Batch:
         return [self.utterances[index] for index in self.sampler.next_batch(size)]
+
+    def _spread(self, batch: Batch) -> Batch:
+        return spread_by_length(batch, self.config.num_ranks) if self.config.data.group_by_length else batch
+
+    def score(self, rollout: Any, number: int) -> Any:
+        """The teacher begins to score a rollout."""
+        return self.teacher.start_score(rollout.micro_batches, rollout.refs, number)
 
     def log_opd(self, step: int, scored: ScoredRollout, sums: dict[str, float]) -> None:
         """Metrics of an OPD step, from sums over all ranks."""

@@ -84,6 +84,9 @@ class DataConfig:
     num_threads: int = key(
         2, "threads of a student rank that read the next batch's audio meanwhile; 0 = when it is used"
     )
+    group_by_length: bool = key(
+        True, "spread a step's utterances so that ranks have equal work and neighbours equal length; the batch stays"
+    )
     sorted_epochs: int = key(0, "first epochs that run through the utterances from short to long")
 
 
@@ -139,6 +142,9 @@ class TrainConfig:
     num_steps: int = key(1000, "optimizer steps")
     batch_size: int = key(32, "utterances of a step over all ranks (the global batch)")
     micro_batch_size: int = key(8, "utterances of one forward and backward on one rank")
+    micro_batch_tokens: int = key(
+        0, "instead: padded positions (audio, prompt, response) of one forward and backward on one rank; 0 = not used"
+    )
     log_every: int = key(10, "steps between progress lines on a plain terminal")
 
 
@@ -252,5 +258,6 @@ FROZEN_KEYS = [
     "recipe", "stage", "schedule", "seed", "engine", "student", "teacher.kind", "teacher.path", "teacher.language",
     "teacher.prompt", "teacher.routes", "teacher.dtype", "teacher.gate_max_wer", "data.train_manifest",
     "data.default_language", "data.sorted_epochs", "td", "rollout", "loss", "optim", "train.batch_size",
-    "train.micro_batch_size", "train.num_steps", "cluster.num_nodes", "cluster.ranks_per_node", "eval.normaliser",
+    "data.group_by_length", "train.micro_batch_size", "train.micro_batch_tokens", "train.num_steps", "cluster.num_nodes",
+    "cluster.ranks_per_node", "eval.normaliser",
 ]  # fmt: skip

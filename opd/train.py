@@ -38,7 +38,7 @@ def train(config: Config) -> dict:
                     with run.timer("rollout"):
                         rollout = run.student.generate(batch, number, run.drafts.of(batch))
                     run.drafts.keep(batch, rollout.texts)
-                    run.line.add(step, batch, rollout, run.teacher.start_score(rollout.shards, rollout.refs, number))
+                    run.line.add(step, batch, rollout, run.score(rollout, number))
                 with run.timer("teacher"):
                     scored = run.line.take(step)
                 with run.timer("update"):

@@ -37,7 +37,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "rollout.temperature", "loss.ctc_weight", "optim.weight_decay", "optim.max_grad_norm", "optim.warmup_steps",
     "eval.eval_every", "td.min_chars_per_second", "eval.max_utterances", "eval.num_samples", "eval.patience", "data.sorted_epochs",
-    "data.num_threads",
+    "data.num_threads", "train.micro_batch_tokens",
     "cluster.cpus_per_rank", "cluster.cpus_per_teacher", "cluster.gpus_per_teacher", "seed",
 )  # fmt: skip
 _SHARES = ("teacher.min_coverage", "data.max_bad_share", "loss.beta", "optim.min_lr_ratio")
@@ -175,7 +175,7 @@ def _validate_division(config: Config) -> None:
             f"train.batch_size={batch} does not divide over {ranks} ranks "
             f"(cluster.num_nodes x cluster.ranks_per_node): set train.batch_size={nearest}"
         )
-    if (batch // ranks) % micro:
+    if (batch // ranks) % micro and not config.train.micro_batch_tokens:
         fitting = max(m for m in range(1, micro + 1) if (batch // ranks) % m == 0)
         raise ValueError(
             f"train.micro_batch_size={micro} does not divide the {batch // ranks} utterances of a rank: "

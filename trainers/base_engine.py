@@ -39,18 +39,28 @@ class TrainedStudent(nn.Module):
         self.ctc_head = nn.Linear(model.config.whisper_config.d_model, num_ctc_tokens) if num_ctc_tokens else None
 
     def forward(
-        self, head: Head | None = None, with_ctc: bool = False, **inputs: Any
+        self, head: Head | None = None, with_ctc: bool = False, encode_only: bool = False, **inputs: Any
     ) -> tuple[Any, torch.Tensor | None, torch.Tensor | None]:
         """(model output or what `head` makes of it, CTC logits (B, F', V) or None, frame mask (B, F') or None).
 
-        head  takes the decoder's hidden states (B, L, D) and the output matrix (V, D), in place of the output layer
+        head         takes the decoder's hidden states (B, L, D) and the output matrix (V, D), in place of the output layer
+        encode_only  what the encoder makes of `audios` and `audio_mask`, and its frame mask: later forwards take the two
+                     as `encoded_BED` and `encoded_mask_BE` in place of the audio
 
         Everything goes through this one forward, the loss too: FSDP2 gathers the parameters of the root here.
         """
+        encoder = self.model.audio_encoder
+        if encode_only:
+            encoded_BED, mask_BE = encoder.whisper(inputs["audios"], inputs["audio_mask"].bool())
+            return encoded_BED, None, mask_BE
+        if "encoded_BED" in inputs:
+            mask_BE = inputs.pop("encoded_mask_BE")
+            frames_BED = encoder.layer_norm(inputs.pop("encoded_BED")) * mask_BE[..., None]
+            inputs["audio_frames"] = (frames_BED, mask_BE)
         if not with_ctc:
             return self._decode(head, inputs), None, None
         assert self.ctc_head is not None, "built without a CTC head"
-        frames_BFD, mask_BF = self.model.audio_encoder.encode_frames(inputs.pop("audios"), inputs.pop("audio_mask"))
+        frames_BFD, mask_BF = encoder.encode_frames(inputs.pop("audios"), inputs.pop("audio_mask"))
         out = self._decode(head, inputs | {"audio_frames": (frames_BFD, mask_BF)})
         return out, self.ctc_head(frames_BFD), mask_BF
 
@@ -140,16 +150,20 @@ class StudentEngine(BaseEngine):
     def forward_backward_batch(self, data: list[Any], loss_function: Objective, forward_only: bool = False) -> dict:
         """Forward and backward over micro-batches.
 
-        data            micro-batches of this rank, each with `num_positions` (trained positions in it)
+        data            micro-batches of this rank, each with `num_positions` (trained positions in it) and `untrained`
+                        (a part of it that trains nothing)
         loss_function   (module, micro-batch) -> (sum of the loss over its positions, sums for the metrics)
         Returns sums over all ranks; `loss` is divided by the trained positions of all ranks.
 
         The gradient is that of (sum over all ranks) / (positions of all ranks). Ranks average gradients, hence the
-        factor world_size; each rank runs the same number of micro-batches, empty ones included, since every backward
-        takes part in the same collectives.
+        factor world_size; each rank runs as many micro-batches as the one with most, since every backward takes part in the
+        same collectives.
         """
-        positions = torch.tensor(float(sum(int(micro.num_positions) for micro in data)), dtype=torch.float64)
-        positions = self.all_reduce_sum(positions).clamp(min=1.0).item()
+        counts = torch.zeros(1 + self.world_size, dtype=torch.float64)
+        counts[0], counts[1 + self.rank] = sum(int(micro.num_positions) for micro in data), len(data)
+        counts = self.all_reduce_sum(counts)
+        positions = counts[0].clamp(min=1.0).item()
+        data = data + [data[-1].untrained()] * (int(counts[1:].max()) - len(data))
         sums: dict[str, torch.Tensor] = {}
         for micro in data:
             loss_sum, micro_sums = loss_function(self.module, micro)
@@ -240,6 +254,12 @@ class StudentEngine(BaseEngine):
     def generate_forward(self, **inputs: Any) -> Any:
         """The plain model forward, for decoding."""
         return self.module(**inputs)[0]
+
+    def encode(self, audios: torch.Tensor, audio_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the encoder makes of a batch of audio, in place of it in later forwards. In generation_mode."""
+        encoded_BED, _, mask_BE = self.module(encode_only=True, audios=audios, audio_mask=audio_mask)
+        assert mask_BE is not None, "the encoder was given a mask"
+        return {"encoded_BED": encoded_BED, "encoded_mask_BE": mask_BE}
 
     def decoder_steps(self) -> DecoderSteps | None:
         """What computes the later forwards of a rollout in less time; None where only the modules can. In generation_mode."""

@@ -6,6 +6,7 @@ metrics. Dividing by the positions of all ranks is the engine's job.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from data.buckets import rows_by_budget
 from opd.fused import FusedLoss, fused_cross_entropy, fused_position_loss
-from opd.schema import LossConfig, RolloutConfig
+from opd.schema import LossConfig, RolloutConfig, TrainConfig
 from opd.support import candidate_ids
 from opd.types import Rollout, TeacherScore
 
@@ -36,26 +38,55 @@ class MicroBatch:
     def num_positions(self) -> int:
         return int(self.trained_BT.sum())
 
+    def untrained(self) -> MicroBatch:
+        """A row of this of which nothing is trained or counted: for a rank that has fewer micro-batches than others."""
+        one = {name: value[:1] for name, value in self.inputs.items()}
+        rollout, score = self.rollout, self.score
+        if rollout is not None and score is not None:
+            rollout = Rollout.from_dict({name: value[:1] for name, value in rollout.to_dict().items()})
+            rollout.response_mask_BT = torch.zeros_like(rollout.response_mask_BT)
+            score = TeacherScore.from_dict({name: value[:1] for name, value in score.to_dict().items()})
+        nothing = torch.zeros_like(self.trained_BT[:1])
+        return MicroBatch(one, self.response_ids_BT[:1], nothing, rollout, score, nothing.cpu())
+
+
+def micro_batch_rows(lengths: Sequence[int], config: TrainConfig) -> list[list[int]]:
+    """Which rows of a rank's shard make a micro-batch, by their positions (audio, prompt and response)."""
+    if config.micro_batch_tokens:
+        return rows_by_budget(lengths, config.micro_batch_tokens)
+    size, rows = config.micro_batch_size, list(range(len(lengths)))
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
 
 def join_response(
-    prompts: dict[str, torch.Tensor], rows: slice, ids_BT: torch.Tensor, mask_BT: torch.Tensor
+    prompts: dict[str, torch.Tensor], rows: Sequence[int], ids_BT: torch.Tensor, mask_BT: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Inputs of prompt + response for some rows of a batch of prompts, without padding that only other rows need."""
-    mask_BP = prompts["attention_mask"][rows]
+    """Inputs of prompt + response for some rows of a batch of prompts, without padding that only other rows need.
+
+    prompts   may have `encoded_BED` and `encoded_mask_BE`, what a frozen encoder made of the audio, in place of audio
+    """
+    device = prompts["attention_mask"].device
+    index = torch.tensor(rows, device=device)
+    mask_BP = prompts["attention_mask"][index]
     start = mask_BP.shape[1] - int(mask_BP.sum(1).max())
-    frames = int(prompts["audio_mask"][rows].sum(1).max())
-    device = mask_BP.device
-    return {
-        "input_ids": torch.cat([prompts["input_ids"][rows, start:], ids_BT.to(device)], dim=1),
+    inputs = {
+        "input_ids": torch.cat([prompts["input_ids"][index, start:], ids_BT.to(device)], dim=1),
         "attention_mask": torch.cat([mask_BP[:, start:], mask_BT.to(device, mask_BP.dtype)], dim=1),
-        "audios": prompts["audios"][rows, :, :frames],
-        "audio_mask": prompts["audio_mask"][rows, :frames],
+    }
+    if "encoded_BED" in prompts:
+        frames = int(prompts["encoded_mask_BE"][index].sum(1).max())
+        inputs |= {name: prompts[name][index, :frames] for name in ("encoded_BED", "encoded_mask_BE")}
+        return inputs
+    frames = int(prompts["audio_mask"][index].sum(1).max())
+    return inputs | {
+        "audios": prompts["audios"][index, :, :frames],
+        "audio_mask": prompts["audio_mask"][index, :frames],
     }
 
 
 def opd_micro_batch(
     prompts: dict[str, torch.Tensor],
-    rows: slice,
+    rows: Sequence[int],
     rollout: Rollout,
     score: TeacherScore,
     config: RolloutConfig,
@@ -124,14 +155,15 @@ def _trained_states(hidden_BLD: torch.Tensor, micro: MicroBatch) -> torch.Tensor
     return hidden_BLD[:, -length - 1 : -1][micro.trained_BT]
 
 
+def response_ids(text: str | None, tokenizer: Any) -> list[int]:
+    """Ids of a given text and EOS; none for None (bad audio)."""
+    return [] if text is None else [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
 def sft_micro_batch(
-    prompts: dict[str, torch.Tensor], rows: slice, texts: list[str | None], tokenizer: Any
+    prompts: dict[str, torch.Tensor], rows: Sequence[int], ids: list[list[int]], pad_id: int
 ) -> MicroBatch:
-    """References as a micro-batch: text followed by EOS. A text of None (bad audio) trains nothing."""
-    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    ids = [
-        tokenizer(text, add_special_tokens=False)["input_ids"] + [eos_id] if text is not None else [] for text in texts
-    ]
+    """References as a micro-batch: `ids` are those of each row's text and EOS, none where nothing is trained (bad audio)."""
     length = max(1, max(len(row) for row in ids))
     ids_BT = torch.tensor([row + [pad_id] * (length - len(row)) for row in ids])
     mask_BT = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in ids])

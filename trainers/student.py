@@ -20,9 +20,13 @@ from trainers.worker import StudentWorker
 
 @dataclass
 class RolloutRefs:
-    """A rollout as the driver sees it: which utterances each rank has, and references to its micro-batches."""
+    """A rollout as the driver sees it: which utterances each rank has, and references to its micro-batches.
+
+    micro_batches   the utterances of each, as `refs`
+    """
 
     shards: list[Batch]
+    micro_batches: list[list[Batch]]
     refs: list[list[Any]]
     texts: list[str]
     bad: list[tuple[str, str, str]]
@@ -81,6 +85,10 @@ class Student:
         results = self._call(calls, f"the rollout of step {step}")
         return RolloutRefs(
             shards=shards,
+            micro_batches=[
+                [[shard[row] for row in rows] for rows in result["micro_rows"]]
+                for shard, result in zip(shards, results, strict=True)
+            ],
             refs=[result["refs"] for result in results],
             texts=[text for result in results for text in result["texts"]],
             bad=[entry for result in results for entry in result["bad"]],

@@ -33,7 +33,15 @@ from opd.vocab import blocked_mask
 from trainers.base_engine import init_process_group
 from trainers.fsdp2 import MODEL_TYPE
 from trainers.loader import PromptLoader
-from trainers.objectives import opd_micro_batch, opd_objective, sft_micro_batch, sft_objective
+from trainers.objectives import (
+    MicroBatch,
+    micro_batch_rows,
+    opd_micro_batch,
+    opd_objective,
+    response_ids,
+    sft_micro_batch,
+    sft_objective,
+)
 
 
 class StudentWorker(Worker):
@@ -43,8 +51,8 @@ class StudentWorker(Worker):
         super().__init__()
         self.config = config_from_dict(config)
         self.path = path
-        # Prompts of rollouts that are not trained yet, oldest first.
-        self._kept: deque[tuple[list[str], dict[str, torch.Tensor]]] = deque()
+        # Prompts of rollouts that are not trained yet, oldest first, and the rows of each of their micro-batches.
+        self._kept: deque[tuple[list[str], dict[str, torch.Tensor], list[list[int]]]] = deque()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     def setup(self) -> dict[str, Any]:
@@ -101,15 +109,20 @@ class StudentWorker(Worker):
         Returns references to micro-batches of the rollout, the texts, and what audio was bad.
         """
         inputs, bad = self._prompts(shard)
-        self._kept.append(([u.id for u in shard], inputs))
         config = self.config.rollout
         if config.source == "manifest":
             rollout, counts = self._forced(inputs, shard, bad), None
         else:
             with self.engine.generation_mode():
+                if "encoder" in self.config.student.freeze:  # the update needs the same frames once more
+                    inputs |= self.engine.encode(inputs.pop("audios"), inputs.pop("audio_mask"))
                 rollout, counts = self._decode(inputs, shard, bad, config.temperature, step, drafts)
-        parts = split(rollout, self.config.train.micro_batch_size)
+        lengths_B = inputs["attention_mask"].sum(1).cpu() + rollout.response_mask_BT.sum(1)
+        micro_rows = micro_batch_rows(lengths_B.tolist(), self.config.train)
+        self._kept.append(([u.id for u in shard], inputs, micro_rows))
+        parts = split(rollout, micro_rows)
         return {
+            "micro_rows": micro_rows,
             "refs": [ray.put(part.to_dict()) for part in parts],
             "texts": self._texts(rollout),
             "bad": [(error.utterance_id, error.path, error.reason) for error in bad],
@@ -165,14 +178,10 @@ class StudentWorker(Worker):
     def _forced(self, inputs: dict, shard: Batch, bad: list) -> Rollout:
         """The manifest's texts as a rollout."""
         bad_ids = {error.utterance_id for error in bad}
-        tokenizer = self.processor.tokenizer
-        response_ids = [
-            [] if u.id in bad_ids else [*tokenizer(u.text, add_special_tokens=False)["input_ids"], self.eos_id]
-            for u in shard
-        ]
+        given = [response_ids(None if u.id in bad_ids else u.text, self.processor.tokenizer) for u in shard]
         with self.engine.generation_mode():
             return forced(
-                self.engine.generate_forward, inputs, response_ids, eos_id=self.eos_id, pad_id=self.pad_id,
+                self.engine.generate_forward, inputs, given, eos_id=self.eos_id, pad_id=self.pad_id,
                 blocked_V=self.blocked_V, top_k=self.config.loss.top_k, max_repeats=self.config.rollout.max_repeats,
             )  # fmt: skip
 
@@ -190,12 +199,10 @@ class StudentWorker(Worker):
     @register(dispatch_mode=Dispatch.ALL_TO_ALL, blocking=False)
     def update_opd(self, shard: Batch, rollouts: list, scores: list) -> dict[str, float]:
         """One optimizer step on the rollouts that this rank wrote and the teacher scored (lists of references)."""
-        ids, inputs = self._kept.popleft()
+        ids, inputs, micro_rows = self._kept.popleft()
         assert ids == [u.id for u in shard], "rollouts are trained in the order in which they were made"
-        size = self.config.train.micro_batch_size
         micros = []
-        for index, (rollout, score) in enumerate(zip(ray.get(rollouts), ray.get(scores), strict=True)):
-            rows = slice(index * size, (index + 1) * size)
+        for rows, rollout, score in zip(micro_rows, ray.get(rollouts), ray.get(scores), strict=True):
             micros.append(
                 opd_micro_batch(
                     inputs,
@@ -213,17 +220,18 @@ class StudentWorker(Worker):
         """One optimizer step on the references of the shard."""
         inputs, bad = self._prompts(shard)
         bad_ids = {error.utterance_id for error in bad}
-        size = self.config.train.micro_batch_size
-        micros = []
-        for start in range(0, len(shard), size):
-            texts = [None if u.id in bad_ids else u.text for u in shard[start : start + size]]
-            micros.append(sft_micro_batch(inputs, slice(start, start + size), texts, self.processor.tokenizer))
+        ids = [response_ids(None if u.id in bad_ids else u.text, self.processor.tokenizer) for u in shard]
+        lengths = inputs["attention_mask"].sum(1).tolist()
+        micro_rows = micro_batch_rows(
+            [int(n) + len(row) for n, row in zip(lengths, ids, strict=True)], self.config.train
+        )
+        micros = [sft_micro_batch(inputs, rows, [ids[row] for row in rows], self.pad_id) for rows in micro_rows]
         metrics: dict[str, Any] = self._step(micros, sft_objective(self.config.loss, self.blocked_V, self.pad_id))
         metrics["bad"] = [(error.utterance_id, error.path, error.reason) for error in bad]
         metrics["waited_s"] = self.loader.take_waited_s()
         return metrics
 
-    def _step(self, micros: list, objective: Any) -> dict[str, float]:
+    def _step(self, micros: list[MicroBatch], objective: Any) -> dict[str, float]:
         with self.engine.train_mode():
             return self.engine.train_batch(micros, objective)
 

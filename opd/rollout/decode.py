@@ -7,7 +7,7 @@ and on neither the number of ranks nor the batch it stands in.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -122,11 +122,11 @@ def loop_starts(ids_BT: torch.Tensor, mask_BT: torch.Tensor, max_repeats: int) -
     return torch.tensor(starts, dtype=torch.int64)
 
 
-def split(rollout: Rollout, size: int) -> list[Rollout]:
-    """Micro-batches of `size` rows, each cut to its own longest response (at least one position)."""
+def split(rollout: Rollout, micro_rows: Sequence[Sequence[int]]) -> list[Rollout]:
+    """Micro-batches of these rows, each cut to its own longest response (at least one position)."""
     parts = []
-    for start in range(0, rollout.response_ids_BT.shape[0], size):
-        rows = slice(start, start + size)
+    for members in micro_rows:
+        rows = torch.tensor(members)
         length = max(1, int(rollout.response_mask_BT[rows].sum(1).max()))
         tensors = {
             name: (value[rows, :length] if value.dim() > 1 else value[rows]).clone()

@@ -90,16 +90,17 @@ class TeacherGroup:
             facts += [{"route": name, **fact} for fact in loaded]
         return facts
 
-    def start_score(self, shards: list[Batch], rollout_refs: list[list[Any]], step: int) -> PendingScores:
-        """The workers begin to score the rollout of a step; the driver may go on meanwhile."""
-        size = self.config.train.micro_batch_size
+    def start_score(self, micro_batches: list[list[Batch]], rollout_refs: list[list[Any]], step: int) -> PendingScores:
+        """The workers begin to score the rollout of a step; the driver may go on meanwhile.
+
+        Utterances and reference of each micro-batch, by rank.
+        """
         calls = {name: count() for name in self.pools}  # each teacher's workers take turns
         parts: list[list[dict[str, tuple[list[int], Any]]]] = []
         counts: dict[str, list[Any]] = {name: [] for name in self.pools}
-        for shard, refs in zip(shards, rollout_refs, strict=True):
+        for shard, refs in zip(micro_batches, rollout_refs, strict=True):
             parts.append([])
-            for index, ref in enumerate(refs):
-                utterances = shard[index * size : (index + 1) * size]
+            for utterances, ref in zip(shard, refs, strict=True):
                 parts[-1].append({})
                 for name, rows in self.router.split(utterances).items():
                     worker = self.pools[name][next(calls[name]) % len(self.pools[name])]

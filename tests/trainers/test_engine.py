@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from opd.config import config_from_dict
 from opd.rollout.decode import decode, split
 from opd.rollout.speculative import speculate
 from opd.rollout.steps import DecoderSteps, can_step
-from opd.schema import Config
+from opd.schema import Config, TrainConfig
 from opd.seed import create_seed
 from opd.step_metrics import opd_metrics
 from opd.teachers.arkasr import ArkasrTeacher
@@ -26,7 +27,18 @@ from opd.types import Rollout, TeacherScore
 from opd.vocab import blocked_mask
 from trainers.base_engine import NonFiniteError, learning_rate_factor
 from trainers.fsdp2 import FSDP2Engine
-from trainers.objectives import opd_micro_batch, opd_objective, sft_micro_batch, sft_objective
+from trainers.objectives import (
+    micro_batch_rows,
+    opd_micro_batch,
+    opd_objective,
+    response_ids,
+    sft_micro_batch,
+    sft_objective,
+)
+
+
+def even_rows(num_rows: int, size: int) -> list[list[int]]:
+    return micro_batch_rows([1] * num_rows, TrainConfig(micro_batch_size=size))
 
 
 class LayeredEngine(FSDP2Engine):
@@ -73,8 +85,10 @@ def sft_step(
         engine.model_config.vocab_size,
     )
     micros = [
-        sft_micro_batch(inputs, slice(i, i + micro_size), [u.text for u in utterances[i : i + micro_size]], tokenizer)
-        for i in range(0, share, micro_size)
+        sft_micro_batch(
+            inputs, rows, [response_ids(utterances[row].text, tokenizer) for row in rows], tokenizer.pad_token_id
+        )
+        for rows in even_rows(share, micro_size)
     ]
     objective = sft_objective(engine.config.loss, blocked_V, tokenizer.pad_token_id)
 
@@ -128,7 +142,9 @@ def assert_same_step(other: tuple[dict, dict], expected: tuple[dict, dict], name
     assert max(weights.values()) < 1e-5, max(weights, key=weights.__getitem__)
 
 
-def opd_step(config: Config, student_path: Path, manifest: Path, micro_size: int) -> tuple[dict, dict]:
+def opd_step(
+    config: Config, student_path: Path, manifest: Path, micro_size: int, reuse: bool = True
+) -> tuple[dict, dict]:
     """Totals and weights of one OPD step of a student against itself or another teacher, in this process group."""
     engine = start(config)
     utterances = read_manifest(manifest)[:8]
@@ -140,15 +156,18 @@ def opd_step(config: Config, student_path: Path, manifest: Path, micro_size: int
     blocked_V = blocked_mask(blocked_token_ids(tokenizer, vocab_size, tokenizer.eos_token_id), vocab_size)
     inputs = processor.build_inputs(Collator().collate(utterances)[0])
     with engine.generation_mode():
+        if reuse and "encoder" in config.student.freeze:
+            inputs |= engine.encode(inputs.pop("audios"), inputs.pop("audio_mask"))
         rollout = decode(
             engine.generate_forward, inputs, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
             blocked_V=blocked_V, max_new_tokens=10, top_k=8,
         )  # fmt: skip
     teacher = ArkasrTeacher(config.to_dict(), str(student_path))
     micros = []
-    for index, part in enumerate(split(rollout, micro_size)):
-        rows = slice(index * micro_size, (index + 1) * micro_size)
-        score = teacher.score(utterances[rows], part.to_dict())
+    lengths_B = inputs["attention_mask"].sum(1) + rollout.response_mask_BT.sum(1)
+    micro_rows = micro_batch_rows(lengths_B.tolist(), dataclasses.replace(config.train, micro_batch_size=micro_size))
+    for rows, part in zip(micro_rows, split(rollout, micro_rows), strict=True):
+        score = teacher.score([utterances[row] for row in rows], part.to_dict())
         trained = Rollout.from_dict(part.to_dict())
         assert torch.equal(trained.response_ids_BT, rollout.response_ids_BT[rows, : part.response_ids_BT.shape[1]])
         micros.append(
@@ -187,6 +206,32 @@ def test_opd_step_is_the_same_however_it_is_spread(
     names += () if renormalize else ("student_mass", "k1")
     for ranks, micro_size in ((1, 2), (2, 2)):
         assert_same_step(run_ranks(ranks, opd_step, config, tiny_dir, speech["unlabelled"], micro_size)[0], one, names)
+
+
+def test_micro_batches_by_tokens_are_the_same_step(tiny_dir: Path, speech: dict[str, Path], tmp_path: Path) -> None:
+    """With 80 positions one rank has fewer micro-batches than the other and runs along on untrained ones."""
+    other = create_seed(tmp_path / "teacher", sizes=SIZES, corpus=CORPUS, vocab_size=360, seed=9)
+    sections: dict[str, Any] = {"teacher": {"path": str(other)}}
+    one = run_ranks(1, opd_step, spread_config(tiny_dir, "opd", **sections), tiny_dir, speech["unlabelled"], 8)[0]
+    for ranks, tokens in ((1, 1), (2, 80), (2, 10_000)):
+        config = spread_config(tiny_dir, "opd", **sections, train={"micro_batch_tokens": tokens})
+        step = run_ranks(ranks, opd_step, config, tiny_dir, speech["unlabelled"], 8)[0]
+        assert_same_step(step, one, ("loss", "grad_norm", "positions", "support_size", "ends", "written"))
+
+
+def test_what_a_frozen_encoder_made_is_used_again(tiny_dir: Path, speech: dict[str, Path], tmp_path: Path) -> None:
+    """The adapter behind it learns; the step is that of the audio itself."""
+    other = create_seed(tmp_path / "teacher", sizes=SIZES, corpus=CORPUS, vocab_size=360, seed=9)
+    student = {"path": str(tiny_dir), "freeze": ["encoder"]}
+    config = spread_config(tiny_dir, "opd", teacher={"path": str(other)}, student=student)
+    reused = run_ranks(2, opd_step, config, tiny_dir, speech["unlabelled"], 2)[0]
+    anew = run_ranks(2, opd_step_from_audio, config, tiny_dir, speech["unlabelled"], 2)[0]
+    assert_same_step(reused, anew, ("loss", "grad_norm", "positions", "support_size"))
+
+
+def opd_step_from_audio(*arguments: Any) -> tuple[dict, dict]:
+    """As `opd_step`, with an engine whose encoder is asked anew in every forward."""
+    return opd_step(*arguments, reuse=False)
 
 
 @pytest.mark.parametrize("freeze", [[], ["decoder"]])

@@ -12,7 +12,7 @@ from opd.arkasr import load_model, load_processor
 from opd.schema import RolloutConfig
 from opd.types import Rollout, TeacherScore
 from trainers.base_engine import TrainedStudent
-from trainers.objectives import join_response, opd_micro_batch, sft_micro_batch, sft_objective
+from trainers.objectives import join_response, opd_micro_batch, response_ids, sft_micro_batch, sft_objective
 
 CPU = torch.device("cpu")
 
@@ -42,12 +42,12 @@ def test_loops_unaligned_positions_and_bad_audio_are_left_out(tiny_dir: Path, wa
     aligned_BT = rollout.response_mask_BT.clone()
     aligned_BT[1, 2] = False
     score = score_of(rollout, aligned_BT)
-    micro = opd_micro_batch(prompts, slice(0, 4), rollout, score, RolloutConfig(), CPU)
+    micro = opd_micro_batch(prompts, range(4), rollout, score, RolloutConfig(), CPU)
     assert micro.trained_BT.int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
     assert micro.num_positions == 5
     assert micro.eos_last_BT is not None
     assert micro.eos_last_BT.int().tolist() == [[0] * 4, [0] * 4, [1, 0, 0, 0], [0] * 4], "an empty response trains EOS"
-    whole = opd_micro_batch(prompts, slice(0, 4), rollout, score, RolloutConfig(train_on_loops=True), CPU)
+    whole = opd_micro_batch(prompts, range(4), rollout, score, RolloutConfig(train_on_loops=True), CPU)
     assert whole.trained_BT[0].all()
 
 
@@ -56,7 +56,7 @@ def test_cutting_padding_changes_no_logit(tiny_dir: Path, waveforms: list[np.nda
     clips = sorted(waveforms, key=len)
     prompts = processor.build_inputs(clips)
     ids_BT, mask_BT = torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.bool)
-    rows = slice(0, 1)  # the shortest clip among longer ones: padding on all sides
+    rows = [0]  # the shortest clip among longer ones: padding on all sides
     cut = join_response(prompts, rows, ids_BT, mask_BT)
     alone = join_response(processor.build_inputs(clips[:1]), rows, ids_BT, mask_BT)
     assert {name: tuple(t.shape) for name, t in cut.items()} == {name: tuple(t.shape) for name, t in alone.items()}
@@ -72,14 +72,16 @@ def test_references_end_in_eos_and_an_empty_micro_batch_runs_backward(
     model, processor = load_model(tiny_dir), load_processor(tiny_dir)
     tokenizer, vocab_size = processor.tokenizer, model.config.vocab_size
     prompts = processor.build_inputs(waveforms[:2])
-    micro = sft_micro_batch(prompts, slice(0, 2), ["one two", None], tokenizer)
+    micro = sft_micro_batch(
+        prompts, range(2), [response_ids(t, tokenizer) for t in ("one two", None)], tokenizer.pad_token_id
+    )
     expected = [*tokenizer("one two", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     assert micro.response_ids_BT[0].tolist() == expected
     assert micro.trained_BT.sum(1).tolist() == [len(expected), 0]
     student = TrainedStudent(model, vocab_size)
     blocked_V = torch.zeros(vocab_size, dtype=torch.bool)
     objective = sft_objective(LossConfig(ctc_weight=0.5), blocked_V, tokenizer.pad_token_id)
-    empty = sft_micro_batch(prompts, slice(0, 2), [None, None], tokenizer)
+    empty = sft_micro_batch(prompts, range(2), [[], []], tokenizer.pad_token_id)
     assert empty.num_positions == 0
     loss, _ = objective(student, empty)
     loss.backward()

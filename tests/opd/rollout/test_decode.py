@@ -116,7 +116,7 @@ def test_bad_audio_rows_write_nothing_and_the_limit_leaves_no_eos(setup, wavefor
 def test_split_keeps_every_written_token(setup, waveforms: list[np.ndarray]) -> None:
     model, processor, arguments = setup
     rollout = decode(model, processor.build_inputs(waveforms), **arguments)
-    parts = split(rollout, 4)
+    parts = split(rollout, [[0, 1, 2, 3], [4, 5]])
     assert [p.response_ids_BT.shape[0] for p in parts] == [4, 2]
     assert [row for part in parts for row in written(part)] == written(rollout)
     assert all(p.response_mask_BT.any(0)[-1] or p.response_mask_BT.shape[1] == 1 for p in parts)

@@ -1,0 +1,54 @@
+"""Batches by length: which utterances of a global batch go to which rank, and which of a rank are computed together.
+
+The global batch stays what the sampler drew, and so does its gradient; only who computes what beside whom changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from data.audio import BadAudio, audio_seconds
+from opd.types import Batch, Utterance
+
+
+def utterance_seconds(utterance: Utterance) -> float:
+    """Seconds of audio, by the manifest's times or `duration`, else by the file's header; 0 where it cannot be read."""
+    if utterance.begin_time >= 0 and utterance.end_time >= 0:
+        return utterance.end_time - utterance.begin_time
+    duration = utterance.extra.get("duration")
+    if isinstance(duration, int | float) and not isinstance(duration, bool):
+        return float(duration)
+    try:
+        return audio_seconds(utterance)
+    except BadAudio:
+        return 0.0  # the collator reads it again, and says what is wrong with it
+
+
+def spread_by_length(batch: Batch, num_ranks: int) -> Batch:
+    """The batch in an order whose equal contiguous shards hold about as much audio each, every shard from long to short.
+
+    Ranks wait for each other in every step, so a rank with the long utterances holds up all. Neighbours of a shard are of
+    similar length, so a micro-batch of them has little padding.
+    """
+    seconds = [utterance_seconds(utterance) for utterance in batch]
+    longest_first = sorted(range(len(batch)), key=lambda index: -seconds[index])
+    shards: list[list[int]] = [[] for _ in range(num_ranks)]
+    for turn, index in enumerate(longest_first):  # there and back again: 0 1 2 2 1 0 0 1 2
+        round_number, place = divmod(turn, num_ranks)
+        shards[place if round_number % 2 == 0 else num_ranks - 1 - place].append(index)
+    return [batch[index] for shard in shards for index in shard]
+
+
+def rows_by_budget(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Rows packed into micro-batches of at most `budget` padded positions (rows times the longest), longest rows first.
+
+    A row that is longer than the budget is a micro-batch of its own. Rows keep their order where lengths are equal.
+    """
+    packed: list[list[int]] = []
+    longest = 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if not packed or (len(packed[-1]) + 1) * longest > budget:
+            packed.append([])
+            longest = lengths[row]
+        packed[-1].append(row)
+    return packed
