@@ -32,13 +32,9 @@ def read_manifest(
     for number, fields in _read_lines(path):
         utterance = to_utterance(fields, f"{path}:{number}", path.absolute().parent, default_language)
         if require_text and not (utterance.text and utterance.text.strip()):
-            raise ValueError(f"{path}:{number}: this set needs a transcript: give the line a non-empty `text`")
+            raise missing_text(f"{path}:{number}")
         if utterance.id in line_of_id:
-            first = line_of_id[utterance.id]
-            raise ValueError(
-                f"{path}:{number}: id {utterance.id!r} is already used on line {first} ({path}:{first}): "
-                "remove one of the two lines or give them different `id`s"
-            )
+            raise duplicate_id(path, utterance.id, line_of_id[utterance.id], number)
         line_of_id[utterance.id] = number
         utterances.append(utterance)
     return utterances
@@ -98,13 +94,33 @@ def _read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise ValueError(f"manifest {path} cannot be read ({error.strerror}): check the path") from error
+        raise unreadable(path, error) from error
     parsed = [
         (number, parse_line(line, f"{path}:{number}")) for number, line in enumerate(lines, start=1) if line.strip()
     ]
     if not parsed:
-        raise ValueError(f"manifest {path} has no utterances: write one JSON object per line")
+        raise no_utterances(path)
     return parsed
+
+
+def unreadable(path: Path, error: OSError) -> ValueError:
+    return ValueError(f"manifest {path} cannot be read ({error.strerror}): check the path")
+
+
+def no_utterances(path: Path) -> ValueError:
+    return ValueError(f"manifest {path} has no utterances: write one JSON object per line")
+
+
+def missing_text(where: str) -> ValueError:
+    return ValueError(f"{where}: this set needs a transcript: give the line a non-empty `text`")
+
+
+def duplicate_id(path: Path, utterance_id: str, first: int, second: int) -> ValueError:
+    """Two lines (by their numbers) have one id."""
+    return ValueError(
+        f"{path}:{second}: id {utterance_id!r} is already used on line {first} ({path}:{first}): "
+        "remove one of the two lines or give them different `id`s"
+    )
 
 
 def parse_line(line: bytes, where: str) -> dict[str, Any]:

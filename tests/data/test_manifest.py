@@ -1,18 +1,31 @@
-"""Manifests: every kind of bad line is named with its file and line, and what is written reads back the same."""
+"""Manifests, read whole or by an index: every bad line is named with its file and line; what is written reads back."""
 
 from __future__ import annotations
 
 import json
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data.index import IndexedManifest
 from data.manifest import read_manifest, write_manifest
 from opd.types import Utterance
 
 GOOD = '{"audio": "good.wav"}'
+Read = Callable[..., list[Utterance]]
+
+
+def read_indexed(path: Path, **options: Any) -> list[Utterance]:
+    return list(IndexedManifest(path, **options))
+
+
+@pytest.fixture(params=[read_manifest, read_indexed])
+def read(request: pytest.FixtureRequest) -> Read:
+    """Both ways to read a manifest: they must not differ in what they take and say."""
+    return request.param
 
 
 def write_lines(folder: Path, *lines: str | dict[str, Any]) -> Path:
@@ -49,63 +62,63 @@ def write_lines(folder: Path, *lines: str | dict[str, Any]) -> Path:
         ('{"audio": "a.wav", "begin_time": 2, "end_time": 2}', "`begin_time` 2.0 is not before `end_time` 2.0"),
     ],
 )
-def test_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+def test_bad_line_is_named(read: Read, tmp_path: Path, line: str, message: str) -> None:
     path = write_lines(tmp_path, GOOD, "", line)  # the blank line counts as a line, too
     with pytest.raises(ValueError) as error:
-        read_manifest(path)
+        read(path)
     assert f"{path}:3: " in str(error.value)
     assert message in str(error.value)
 
 
-def test_bad_utf8_is_named(tmp_path: Path) -> None:
+def test_bad_utf8_is_named(read: Read, tmp_path: Path) -> None:
     path = tmp_path / "set.jsonl"
     path.write_bytes(GOOD.encode() + b"\n" + '{"audio": "ä.wav"}'.encode("latin-1"))
     with pytest.raises(ValueError, match=r"set\.jsonl:2: not a JSON object in UTF-8"):
-        read_manifest(path)
+        read(path)
 
 
 @pytest.mark.parametrize("text", [None, "", "  "])
-def test_text_can_be_required(tmp_path: Path, text: str | None) -> None:
+def test_text_can_be_required(read: Read, tmp_path: Path, text: str | None) -> None:
     path = write_lines(tmp_path, {"audio": "a.wav", "text": "one"}, {"audio": "b.wav", "text": text})
-    assert len(read_manifest(path)) == 2
+    assert len(read(path)) == 2
     with pytest.raises(ValueError, match=r"set\.jsonl:2: this set needs a transcript"):
-        read_manifest(path, require_text=True)
+        read(path, require_text=True)
 
 
 @pytest.mark.parametrize("lines", [(), ("", "   ")])
-def test_empty_manifest(tmp_path: Path, lines: tuple[str, ...]) -> None:
+def test_empty_manifest(read: Read, tmp_path: Path, lines: tuple[str, ...]) -> None:
     path = write_lines(tmp_path, *lines)
     with pytest.raises(ValueError, match=r"set\.jsonl has no utterances"):
-        read_manifest(path)
+        read(path)
 
 
-def test_missing_manifest(tmp_path: Path) -> None:
+def test_missing_manifest(read: Read, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere\.jsonl cannot be read \(No such file or directory\)"):
-        read_manifest(tmp_path / "nowhere.jsonl")
+        read(tmp_path / "nowhere.jsonl")
 
 
-def test_duplicate_id_names_both_lines(tmp_path: Path) -> None:
+def test_duplicate_id_names_both_lines(read: Read, tmp_path: Path) -> None:
     path = write_lines(tmp_path, {"audio": "a.wav", "id": "x"}, {"audio": "b.wav"}, {"audio": "c.wav", "id": "x"})
     with pytest.raises(ValueError) as error:
-        read_manifest(path)
+        read(path)
     assert f"{path}:3: id 'x' is already used on line 1 ({path}:1)" in str(error.value)
 
 
-def test_default_ids_follow_path_and_times(tmp_path: Path) -> None:
+def test_default_ids_follow_path_and_times(read: Read, tmp_path: Path) -> None:
     lines = [
         {"audio": "a.wav"},
         {"audio": "a.wav", "begin_time": 12345.671, "end_time": 12349},
         {"audio": "a.wav", "begin_time": 12345.672, "end_time": 12349},
         {"audio": "a.wav", "end_time": 3},
     ]
-    first = [utterance.id for utterance in read_manifest(write_lines(tmp_path, *lines))]
+    first = [utterance.id for utterance in read(write_lines(tmp_path, *lines))]
     assert first == ["a.wav", "a.wav@12345.671-12349.0", "a.wav@12345.672-12349.0", "a.wav@-3.0"]
     elsewhere = tmp_path / "moved"
     elsewhere.mkdir()
-    assert [utterance.id for utterance in read_manifest(write_lines(elsewhere, *lines))] == first
+    assert [utterance.id for utterance in read(write_lines(elsewhere, *lines))] == first
 
 
-def test_fields_and_defaults(tmp_path: Path) -> None:
+def test_fields_and_defaults(read: Read, tmp_path: Path) -> None:
     line = {
         "audio": "clips/a.wav",
         "text": "één",
@@ -115,7 +128,7 @@ def test_fields_and_defaults(tmp_path: Path) -> None:
         "speaker": {"age": 3},
     }
     path = write_lines(tmp_path, line, {"audio": "/data/b.wav", "language": "Dutch"})
-    a, b = read_manifest(path, default_language="English")
+    a, b = read(path, default_language="English")
     assert a == Utterance(
         id="clips/a.wav@1.0-",
         audio=str(tmp_path / "clips/a.wav"),
@@ -127,10 +140,10 @@ def test_fields_and_defaults(tmp_path: Path) -> None:
     assert (b.audio, b.language, b.task, b.text) == ("/data/b.wav", "Dutch", "asr", None)
 
 
-def test_windows_line_ends_and_byte_order_mark(tmp_path: Path) -> None:
+def test_windows_line_ends_and_byte_order_mark(read: Read, tmp_path: Path) -> None:
     path = tmp_path / "set.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"audio": "a.wav"}\r\n\r\n{"audio": "b.wav"}\r\n')
-    assert [utterance.id for utterance in read_manifest(path)] == ["a.wav", "b.wav"]
+    assert [utterance.id for utterance in read(path)] == ["a.wav", "b.wav"]
 
 
 def test_round_trip(tmp_path: Path) -> None:

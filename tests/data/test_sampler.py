@@ -112,3 +112,29 @@ def test_a_look_ahead_changes_nothing() -> None:
         ahead = sampler.peek_batch(size)
         assert sampler.state_dict() == other.state_dict()
         assert sampler.next_batch(size) == ahead == other.next_batch(size)
+
+
+def test_equal_draws_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a stable sort has them: numpy's quicker one leaves them in any order."""
+
+    class Draws:
+        def __init__(self, sequence: np.random.SeedSequence) -> None:
+            self.draws = np.random.default_rng(sequence).integers(0, 50, size=1_000)
+
+        def random_raw(self, num: int) -> np.ndarray:
+            return self.draws[:num].astype(np.uint64)
+
+    monkeypatch.setattr(np.random, "Philox", Draws)
+    draws = Draws(np.random.SeedSequence([3, 0])).random_raw(1_000)
+    expected = sorted(range(1_000), key=lambda i: draws[i])
+    assert EpochSampler(1_000, seed=3).next_batch(1_000) == expected
+
+
+def test_a_look_ahead_into_the_next_epoch_sorts_no_epoch_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler, sorted_epochs = EpochSampler(10, seed=3), []
+    argsort = np.argsort
+    monkeypatch.setattr(np, "argsort", lambda draws: (sorted_epochs.append(sampler.epoch), argsort(draws))[1])
+    for _ in range(12):
+        sampler.peek_batch(4)
+        sampler.next_batch(4)
+    assert len(sorted_epochs) == 5, "48 utterances of ten an epoch"
