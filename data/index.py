@@ -18,7 +18,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import numpy as np
 
@@ -32,26 +32,19 @@ _LONGEST_TIME = 1e9
 _READ_SIZE = 1 << 12  # bytes: most lines are shorter
 
 
-class Place(NamedTuple):
-    """A line: its number in the file, from 1 on, and its position among the utterances, from 0 on."""
-
-    line: int
-    position: int
-
-
 @dataclass
 class Facts:
     """What is known of a manifest's lines without reading them again.
 
-    without_text   the first line that has no words in its `text`; None where all have
-    languages      (`language` as written, or None; position of the first line with it) of each that occurs
+    line_without_text   number of the first line that has no words in its `text`; None where all have
+    languages           (`language` as written, or None; position of the first line with it) of each that occurs
     """
 
     version: int = _VERSION
     num_utterances: int = 0
     num_texts: int = 0
     num_timed: int = 0
-    without_text: Place | None = None
+    line_without_text: int | None = None
     languages: list[tuple[str | None, int]] = field(default_factory=list)
 
 
@@ -73,8 +66,8 @@ class IndexedManifest(Sequence[Utterance]):
         build_once(folder, lambda partial: _build(self.path, partial))
         facts: dict[str, Any] = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         self.facts = Facts(**facts)
-        if require_text and self.facts.without_text is not None:
-            raise missing_text(f"{self.path}:{Place(*self.facts.without_text).line}")
+        if require_text and self.facts.line_without_text is not None:
+            raise missing_text(f"{self.path}:{self.facts.line_without_text}")
         self._offsets = np.load(folder / "offsets.npy", mmap_mode="r")
         self._seconds_path = folder / "seconds.npy"
 
@@ -121,6 +114,17 @@ def open_manifest(
     is_large = path.is_file() and path.stat().st_size > INDEX_ABOVE_BYTES
     open_it = IndexedManifest if is_large else read_manifest
     return open_it(path, require_text=require_text, default_language=default_language)
+
+
+def facts_of(utterances: Sequence[Utterance]) -> Facts:
+    """The facts of any utterances: what an index knows, or by a look at each. A list's lines have no numbers."""
+    if isinstance(utterances, IndexedManifest):
+        return utterances.facts
+    first: dict[str | None, int] = {}
+    for position, utterance in enumerate(utterances):
+        first.setdefault(utterance.language, position)
+    num_texts = sum(utterance.text is not None for utterance in utterances)
+    return Facts(num_utterances=len(utterances), num_texts=num_texts, languages=list(first.items()))
 
 
 def _line_at(file: int, offset: int) -> bytes:
@@ -171,8 +175,8 @@ def _build(path: Path, folder: Path) -> str:
             first_of_language[language] = position
         if text is not None:
             facts.num_texts += 1
-        if facts.without_text is None and not (text and text.strip()):
-            facts.without_text = Place(number, position)
+        if facts.line_without_text is None and not (text and text.strip()):
+            facts.line_without_text = number
         if duration is not None:
             if not seconds:
                 seconds.extend([float("nan")] * position)

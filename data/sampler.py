@@ -17,7 +17,12 @@ class EpochSampler:
     """
 
     def __init__(
-        self, num_utterances: int, seed: int, *, sort_keys: Sequence[float] | None = None, sorted_epochs: int = 0
+        self,
+        num_utterances: int,
+        seed: int,
+        *,
+        sort_keys: Sequence[float] | np.ndarray | None = None,
+        sorted_epochs: int = 0,
     ) -> None:
         if num_utterances < 1:
             raise ValueError(f"a sampler needs at least one utterance, not {num_utterances}: check the manifest")

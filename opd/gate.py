@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from data.feed import Feed
 from opd.evaluate import utterance_errors
 from opd.types import Batch, TeacherTranscript, Utterance
+
+MAX_DRAWN = 100_000  # utterances of a stream, of which not one passes
 
 
 class TeacherGate:
@@ -38,6 +41,20 @@ class TeacherGate:
             for utterance, transcript in zip(new, self.transcribe(new), strict=True):
                 self._passes[utterance.id] = self._wer(utterance, transcript) <= self.max_wer
         return [u for u in utterances if self._passes.get(u.id, True)]
+
+    def fill(self, feed: Feed, size: int) -> Batch:
+        """`size` utterances that pass, as the feed has them. Raises ValueError where an epoch brings none."""
+        batch: Batch = []
+        drawn, limit = 0, feed.num_utterances or MAX_DRAWN
+        while len(batch) < size:
+            if not batch and drawn >= limit:
+                raise ValueError(
+                    f"teacher.gate_max_wer={self.max_wer:g}: the teacher gets all {limit} utterances of "
+                    "data.train_manifest wrong beyond this; look at their texts, or raise the limit"
+                )
+            drawn += size - len(batch)
+            batch += self.accept(feed.next_batch(size - len(batch)))
+        return batch
 
     def _wer(self, utterance: Utterance, transcript: TeacherTranscript) -> float:
         if transcript.error is not None:

@@ -31,14 +31,18 @@ def resolve(config: Config) -> Config:
         student = dataclasses.replace(student, path=resolve_model("student.path", student.path, run_dir))
     if teacher.path and config.stage != "sft":
         teacher = dataclasses.replace(teacher, path=resolve_model("teacher.path", teacher.path, run_dir))
-    if data.train_manifest.startswith(STAGE_PREFIX):
+    if data.train_manifest and data.train_manifest.startswith(STAGE_PREFIX):
         data = dataclasses.replace(data, train_manifest=_stage_manifest(data.train_manifest, run_dir))
-    names = [data.train_manifest, *data.eval_manifests.values()]
+    several = {name: str(source["path"]) for name, source in data.train_manifests.items()}
+    names = [*filter(None, [data.train_manifest]), *several.values(), *data.eval_manifests.values()]
     manifests = resolve_manifests(names, recordings=data.recordings, held_out_speakers=data.held_out_speakers)
     data = dataclasses.replace(
         data,
         recordings=data.recordings and resolve_path(data.recordings),
-        train_manifest=manifests[data.train_manifest],
+        train_manifest=data.train_manifest and manifests[data.train_manifest],
+        train_manifests={
+            name: {**source, "path": manifests[several[name]]} for name, source in data.train_manifests.items()
+        },
         eval_manifests={name: manifests[path] for name, path in data.eval_manifests.items()},
     )
     return dataclasses.replace(config, student=student, teacher=teacher, data=data)

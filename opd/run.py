@@ -10,8 +10,8 @@ from typing import Any
 import psutil
 
 from data.buckets import spread_by_length
+from data.index import open_manifest
 from data.manifest import read_manifest
-from data.sampler import EpochSampler
 from opd.bad_audio import BadAudioList
 from opd.card import write_model_card
 from opd.checkpoint import RunDir
@@ -29,6 +29,7 @@ from opd.tables import print_table
 from opd.teacher_data import TeacherData
 from opd.teachers.environment import check_environments
 from opd.teachers.routing import Router
+from opd.training_data import BatchLog, TrainingData
 from opd.types import Batch
 from opd.workers import Workers
 
@@ -57,7 +58,9 @@ class Run:
         with self.timer("data"):
             self._read_data()
         if self.step:
-            self.sampler.load_state_dict(self.state["sampler"])
+            self.data.feed.load_state_dict(self.state["sampler"])
+            self._say_batch_size()
+        self.batch_log = BatchLog(run_dir.path / "batches.jsonl", self.step, config.data.log_batches)
         run_dir.truncate_metrics(self.step)
         self.bad_audio = BadAudioList(run_dir.bad_audio_path, self.state, config.data.max_bad_share)
         self.bad_audio.truncate(self.step)
@@ -67,21 +70,24 @@ class Run:
         )  # fmt: skip
 
     def _read_data(self) -> None:
-        config, data = self.config, self.config.data
-        with_text = config.stage == "sft" or (config.stage == "opd" and config.rollout.source == "manifest")
-        self.utterances = read_manifest(
-            data.train_manifest, require_text=with_text, default_language=data.default_language
-        )
-        self.eval_sets = {name: self._eval_set(path) for name, path in data.eval_manifests.items()}
+        config = self.config
+        self.data = TrainingData(config)
+        self.eval_sets = {name: self._eval_set(path) for name, path in config.data.eval_manifests.items()}
         if config.stage != "sft":
-            heard = self.eval_sets.values() if config.stage == "opd" and config.eval.teacher else []
-            Router(config).check([*self.utterances, *(u for utterances in heard for u in utterances)])
+            router = Router(config)
+            self.data.check_routes(router, is_new=not self.step)
+            if config.stage == "opd" and config.eval.teacher:
+                router.check([u for utterances in self.eval_sets.values() for u in utterances])
         if config.stage == "td":
             names = ", ".join(sorted({str(teacher.path) for teacher in config.teacher.by_route().values()}))
             self.teacher_data = TeacherData(self.dir.path / "td", config.td, names, config.eval.normaliser)
             if self.teacher_data.is_complete():
-                self.utterances = read_manifest(self.teacher_data.manifest, require_text=True)
-        self.sampler = self._sampler()
+                self.data.use(open_manifest(self.teacher_data.manifest, require_text=True))
+
+    def _say_batch_size(self) -> None:
+        before, now = self.state.get("batch_size"), self.config.train.batch_size
+        if before not in (None, now):
+            print(f"train.batch_size was {before} and is now {now}: going on with the utterance that comes next")
 
     @classmethod
     def open(cls, config: Config) -> Run:
@@ -119,17 +125,6 @@ class Run:
         limit = self.config.eval.max_utterances
         return utterances[:limit] if limit else utterances
 
-    def _sampler(self) -> EpochSampler:
-        data = self.config.data
-        keys = None
-        if data.sorted_epochs:
-            from data.audio import audio_seconds
-
-            keys = [float(u.extra.get("duration") or audio_seconds(u)) for u in self.utterances]
-        return EpochSampler(
-            len(self.utterances), seed=self.config.seed, sort_keys=keys, sorted_epochs=data.sorted_epochs
-        )
-
     # -- workers -----------------------------------------------------------------------------------------------------
 
     def write_teacher_data(self) -> None:
@@ -140,21 +135,21 @@ class Run:
         teacher = self.workers.teacher
         with self.timer("transcribe"):
             done, told = 0, time.monotonic()
-            for batch in self.teacher_data.pending(self.utterances, self.config.eval.batch_size * teacher.num_workers):
+            utterances = self.data.utterances()
+            for batch in self.teacher_data.pending(utterances, self.config.eval.batch_size * teacher.num_workers):
                 self.teacher_data.add(batch, teacher.transcribe(batch))
                 done += len(batch)
                 if time.monotonic() - told > TELL_EVERY_S:
                     told = time.monotonic()
                     print(f"teacher data: {done} utterances transcribed", flush=True)
         self.state["cpu_seconds"]["teacher"] += teacher.cpu_seconds()
-        counts = self.teacher_data.write(self.utterances)
+        counts = self.teacher_data.write(utterances)
         left_out = ", ".join(f"{name} {count}" for name, count in counts["left_out"].items()) or "none"
         print(
             f"teacher data: {counts['num_kept']} of {counts['num_utterances']} transcripts kept, left out: {left_out}"
         )
         self.workers.close()
-        self.utterances = read_manifest(self.teacher_data.manifest, require_text=True)
-        self.sampler = self._sampler()
+        self.data.use(open_manifest(self.teacher_data.manifest, require_text=True))
 
     def start_workers(self) -> None:
         """Ray, the student's ranks and the teacher's workers; then the newest checkpoint, if there is one."""
@@ -179,7 +174,7 @@ class Run:
         student = self.config.student
         if student.path:
             return student.path
-        return fresh_student(self.dir.path / "init", student.init, self.utterances, self.config.seed)
+        return fresh_student(self.dir.path / "init", student.init, self.data.texts(), self.config.seed)
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -190,26 +185,15 @@ class Run:
 
     def next_batch(self) -> Batch:
         """The next global batch: what the sampler draws and, where there is one, the teacher gate lets pass."""
-        size = self.config.train.batch_size
-        batch: Batch = []
+        size, feed = self.config.train.batch_size, self.data.feed
         if self.gate is None:
-            batch = self._spread(self._draw(size))
-            self.student.prefetch(self._spread([self.utterances[index] for index in self.sampler.peek_batch(size)]))
-            return batch
-        drawn = 0
-        with self.timer("gate"):
-            while len(batch) < size:
-                if not batch and drawn >= len(self.utterances):
-                    raise ValueError(
-                        f"teacher.gate_max_wer={self.gate.max_wer:g}: the teacher gets all {len(self.utterances)} utterances "
-                        "of data.train_manifest wrong beyond this; look at their texts, or raise the limit"
-                    )
-                drawn += size - len(batch)
-                batch += self.gate.accept(self._draw(size - len(batch)))
-        return self._spread(batch)
-
-    def _draw(self, size: int) -> Batch:
-        return [self.utterances[index] for index in self.sampler.next_batch(size)]
+            batch = self._spread(feed.next_batch(size))
+            self.student.prefetch(self._spread(feed.peek_batch(size)))
+        else:
+            with self.timer("gate"):
+                batch = self._spread(self.gate.fill(feed, size))
+        self.batch_log.add(batch)
+        return batch
 
     def _spread(self, batch: Batch) -> Batch:
         return spread_by_length(batch, self.config.num_ranks) if self.config.data.group_by_length else batch
@@ -243,6 +227,7 @@ class Run:
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         metrics["data/bad_audio"] = self.state["bad_audio"]
+        metrics |= {f"data/share/{name}": share for name, share in self.data.feed.shares().items()}
         metrics |= self.timer.take_step()
         self.log.log_step(step, metrics)
         if "first_step" not in self.history:
@@ -334,7 +319,8 @@ class Run:
         with self.timer("checkpoint"):
             folder = self.dir.begin_save(step)
             self.student.save(folder)
-            self.state["sampler"] = self.sampler.state_dict()
+            self.state["sampler"] = self.data.feed.state_dict()
+            self.state["batch_size"] = self.config.train.batch_size
             self.state["seconds"] = self.timer.seconds()
             self.state["finished"] = last
             if evaluated["step"] == step:
@@ -384,8 +370,9 @@ class Run:
             "cpu_seconds": {name: round(value, 2) for name, value in self.state["cpu_seconds"].items()},
             "start": self.history.get("start"),
             "eval": evaluation,
-            "train_manifest": config.data.train_manifest, "eval_manifests": config.data.eval_manifests,
-            "train_texts": sum(u.text is not None for u in self.utterances),
+            "train_manifest": config.data.train_manifest, "train_manifests": config.data.train_manifests,
+            "eval_manifests": config.data.eval_manifests,
+            "train_texts": self.data.num_texts(),
             "export_dir": str(export_dir),
             "languages": sorted({u.language for s in self.eval_sets.values() for u in s if u.language}),
         }  # fmt: skip

@@ -71,7 +71,12 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    train_manifest: str = key("???", "JSONL manifest, or synthetic:NAME or recordings:NAME for a set that is made here")
+    train_manifest: str | None = key(
+        None, "JSONL manifest, or synthetic:NAME or recordings:NAME for a set that is made here"
+    )
+    train_manifests: dict[str, Any] = key(
+        {}, "several instead, name -> {path, weight}: an utterance comes from one in proportion to its weight (1)"
+    )
     eval_manifests: dict[str, str] = key({}, "name -> manifest of each evaluation set (references needed)")
     recordings: str | None = key(
         None, "folder or tar with {digit}_{speaker}_{index}.wav, which the sets recordings:NAME are made of"
@@ -88,6 +93,7 @@ class DataConfig:
         True, "spread a step's utterances so that ranks have equal work and neighbours equal length; the batch stays"
     )
     sorted_epochs: int = key(0, "first epochs that run through the utterances from short to long")
+    log_batches: bool = key(False, "true: the ids of each step's utterances go into batches.jsonl of the run directory")
 
 
 @dataclass(frozen=True)
@@ -253,11 +259,11 @@ class Config:
 
 
 # What may not change between a run and its continuation: everything that shapes the weights (the number of steps shapes
-# the schedule). Where the run is written, how it is watched, what happens to bad audio and how ranks are placed may change.
+# the schedule). Where the run is written, how it is watched, what happens to bad audio and how ranks are placed may change;
+# so may the size of a batch, when the hardware does: the place in the data is counted in utterances.
 FROZEN_KEYS = [
     "recipe", "stage", "schedule", "seed", "engine", "student", "teacher.kind", "teacher.path", "teacher.language",
     "teacher.prompt", "teacher.routes", "teacher.dtype", "teacher.gate_max_wer", "data.train_manifest",
-    "data.default_language", "data.sorted_epochs", "td", "rollout", "loss", "optim", "train.batch_size",
-    "data.group_by_length", "train.micro_batch_size", "train.micro_batch_tokens", "train.num_steps", "cluster.num_nodes",
-    "cluster.ranks_per_node", "eval.normaliser",
+    "data.train_manifests", "data.default_language", "data.sorted_epochs", "data.group_by_length", "td", "rollout", "loss",
+    "optim", "train.num_steps", "cluster.num_nodes", "cluster.ranks_per_node", "eval.normaliser",
 ]  # fmt: skip

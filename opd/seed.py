@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor
 from opd.arkasr import ArkasrConfig, ArkasrForConditionalGeneration, ArkasrProcessor
 from opd.arkasr.processing_arkasr import DEFAULT_INSTRUCTION, END_TURN, EXTRA_SPECIAL_TOKENS
 from opd.export import save_arkasr
-from opd.types import Utterance
 
 PAD_TOKEN, AUDIO_TOKEN = "<|endoftext|>", "<|audio|>"
 NUM_BYTES = 256
@@ -56,14 +55,12 @@ def create_seed(
     return save_arkasr(model.state_dict(), config, processor, out_dir, dtype=torch.float32, with_code=False)
 
 
-def fresh_student(folder: Path, init: Mapping[str, Any], utterances: Sequence[Utterance], seed: int) -> str:
+def fresh_student(folder: Path, init: Mapping[str, Any], texts: Iterable[str], seed: int) -> str:
     """The folder of `create_seed` for `student.init`, made where it is missing; the tokenizer is trained on the texts."""
     if not (folder / "config.json").is_file():
         sizes = dict(init)
         vocab_size = int(sizes.pop("vocab_size"))
-        create_seed(
-            folder, sizes=sizes, corpus=[u.text for u in utterances if u.text], vocab_size=vocab_size, seed=seed
-        )
+        create_seed(folder, sizes=sizes, corpus=list(texts), vocab_size=vocab_size, seed=seed)
     return str(folder)
 
 

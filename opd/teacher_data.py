@@ -11,8 +11,9 @@ import dataclasses
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,11 @@ class TeacherData:
         """What `write` counted."""
         return json.loads(self._counts.read_text(encoding="utf-8"))
 
-    def pending(self, utterances: Batch, size: int) -> Iterator[Batch]:
+    def pending(self, utterances: Sequence[Utterance], size: int) -> Iterator[Batch]:
         """Batches of what the teacher has not transcribed yet, in the order of the manifest."""
         done = self._read().keys()
-        left = [u for u in utterances if u.id not in done]
-        return (left[start : start + size] for start in range(0, len(left), size))
+        left = (u for u in utterances if u.id not in done)
+        return iter(lambda: list(islice(left, size)), [])
 
     def add(self, batch: Batch, transcripts: list[TeacherTranscript]) -> None:
         """Keeps the transcripts of a batch."""
@@ -62,7 +63,7 @@ class TeacherData:
             file.flush()
             os.fsync(file.fileno())
 
-    def write(self, utterances: Batch) -> dict[str, Any]:
+    def write(self, utterances: Sequence[Utterance]) -> dict[str, Any]:
         """Filters what was transcribed and writes the manifest; returns the counts.
 
         Raises ValueError where nothing passes, with the reasons.

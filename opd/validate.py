@@ -78,6 +78,7 @@ def _validate_parts(config: Config) -> None:
         raise ValueError(
             "student: give either student.path (a model to start from) or student.init (sizes of a new one)"
         )
+    _validate_data(config)
     if config.stage != "sft":
         _validate_teachers(config.teacher, config.stage)
     _validate_optional(config)
@@ -99,6 +100,32 @@ def _validate_parts(config: Config) -> None:
         raise ValueError(f"optim.betas={config.optim.betas}: two numbers from 0 to below 1")
     if config.eval.best_by and config.eval.best_by not in config.data.eval_manifests:
         raise ValueError(f"eval.best_by={config.eval.best_by}: not in data.eval_manifests")
+
+
+def _validate_data(config: Config) -> None:
+    data = config.data
+    if bool(data.train_manifest) == bool(data.train_manifests):
+        has = "both are given" if data.train_manifest else "neither is given"
+        raise ValueError(
+            f"data: {has}; give data.train_manifest (one manifest) or data.train_manifests (several, by name), and set the "
+            "other to null or {}"
+        )
+    for name, source in data.train_manifests.items():
+        where = f"data.train_manifests.{name}"
+        if (
+            not isinstance(source, dict)
+            or not isinstance(source.get("path"), str)
+            or source.keys() - {"path", "weight"}
+        ):
+            raise ValueError(f"{where}: must be {{path: ..., weight: ...}} (without a weight it is 1), not {source}")
+        weight = source.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+            raise ValueError(f"{where}.weight={weight}: must be a number above 0")
+        if source["path"].startswith("stage:"):
+            raise ValueError(f"{where}.path={source['path']}: only data.train_manifest may name another stage's data")
+    if data.train_manifests and (config.stage == "td" or data.sorted_epochs):
+        what = "stage=td" if config.stage == "td" else "data.sorted_epochs"
+        raise ValueError(f"{what}: works with one manifest; set data.train_manifest instead of data.train_manifests")
 
 
 def _validate_optional(config: Config) -> None:

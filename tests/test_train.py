@@ -33,6 +33,7 @@ from main_job import (
 )  # fmt: skip
 from safetensors.torch import load_file
 
+from data.manifest import read_manifest
 from opd import export
 from opd.config import load_config
 from opd.run import Run
@@ -75,6 +76,7 @@ def jobs(speech: dict[str, Path], cluster: dict[str, str], folder: Path) -> Iter
         "stop": lambda: run(command(speech, folder / "stop", *spoilt, recipe="tiny_student"), cluster),
         "skip": lambda: run(command(speech, folder / "skip", *spoilt, "data.on_bad_audio=skip"), cluster),
         "not_finite": lambda: run(command(speech, folder / "not_finite", *NOT_FINITE), cluster),
+        "mixed": lambda: run_with_two_batch_sizes(speech, folder / "mixed", cluster),
         "few_cpus": lambda: run(command(speech, folder / "few_cpus", "cluster.cpus_per_rank=8"), cluster),
         "no_gpu": lambda: run(command(speech, folder / "no_gpu", "cluster.use_gpu=true"), cluster),
         "no_overlap": lambda: run(
@@ -112,6 +114,19 @@ def kill_twice(arguments: list[str], env: dict[str, str], run_dir: Path) -> Resu
             assert time.monotonic() - killed < 60
         assert not (run_dir / "summary.json").exists()
     return run(arguments, env)
+
+
+def run_with_two_batch_sizes(speech: dict[str, Path], run_dir: Path, env: dict[str, str]) -> Result:
+    """Two manifests in proportion 3 : 1, in batches of 8 up to step 4 and of 12 for two more steps."""
+    sources = {"train": {"path": str(speech["train"]), "weight": 3}, "eval": {"path": str(speech["eval"])}}
+    options = ["data.train_manifest=null", f"data.train_manifests={json.dumps(sources)}", "data.sorted_epochs=0"]
+    options += ["data.log_batches=true", NO_EVAL]
+    arguments = command(speech, run_dir, *options, *ONE_RANK, recipe="tiny_student")
+    result = run(arguments, env)
+    assert result.returncode == 0, result.stderr[-3000:]
+    shutil.rmtree(run_dir / "checkpoints" / "step-000006")  # as if it had been stopped before
+    (run_dir / "summary.json").unlink()
+    return run([*arguments, "train.batch_size=12"], env)
 
 
 def submit(arguments: list[str], cluster: dict[str, str]) -> Result:
@@ -270,10 +285,32 @@ def test_sft_starts_from_nothing_and_export_runs_again(jobs: dict[str, Future], 
     assert not any(name.startswith("ctc_head") for name in first)
 
 
+def test_another_batch_size_goes_on_with_the_next_utterance(
+    jobs: dict[str, Future], folder: Path, speech: dict[str, Path]
+) -> None:
+    """From the ids that the run logged: none is skipped or repeated, in either of its two manifests."""
+    printed = finished(jobs, "mixed").stdout
+    assert "going on after step 4 of 6" in printed
+    assert "train.batch_size was 8 and is now 12: going on with the utterance that comes next" in printed
+    logged = [json.loads(line) for line in (folder / "mixed" / "batches.jsonl").read_text().splitlines()]
+    assert [(row["step"], len(row["ids"])) for row in logged] == [(1, 8), (2, 8), (3, 8), (4, 8), (5, 12), (6, 12)]
+    drawn = [name.split("/", 1) for row in logged for name in row["ids"]]
+    for name in ("train", "eval"):
+        ids = [utterance_id for source, utterance_id in drawn if source == name]
+        known = {utterance.id for utterance in read_manifest(speech[name])}
+        for begin in range(0, len(ids), len(known)):
+            epoch = ids[begin : begin + len(known)]
+            assert len(set(epoch)) == len(epoch), "none is repeated"
+            assert set(epoch) <= known
+            assert len(epoch) == len(known) or begin + len(known) > len(ids), "none is skipped"
+        assert metrics(folder / "mixed")[-1][f"data/share/{name}"] == len(ids) / 56
+    assert 3 < sum(source == "eval" for source, _ in drawn) < 25, "a quarter of 56, give or take"
+
+
 @pytest.mark.parametrize(
     "change",
     [
-        "seed=1", "optim.lr=0.5", "train.batch_size=4", "train.num_steps=9", "loss.top_k=8", "rollout.temperature=1",
+        "seed=1", "optim.lr=0.5", "train.num_steps=9", "loss.top_k=8", "rollout.temperature=1",
         "teacher.dtype=bfloat16", "cluster.ranks_per_node=1",
     ],
 )  # fmt: skip

@@ -6,6 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from opd.types import Batch
 
+# Each checkpoint holds them all: about 15 MB of transcripts of usual length. Once there are so many, those that are
+# there stay, with their newest text, and no others come in: epochs of a larger set then find a draft for a fixed part of
+# it. Dropping the oldest instead would drop nearly all of them before their utterances come again.
+MAX_DRAFTS = 100_000
+
 
 class DraftTexts:
     """A draft of each utterance's response: the manifest's text, what a teacher wrote, the student's last rollout.
@@ -14,10 +19,11 @@ class DraftTexts:
               must draft as an unbroken one does, for forwards of other shapes differ in their last bits
     """
 
-    def __init__(self, source: str, earlier: dict[str, str]) -> None:
-        """source: auto (the first there is), reference, earlier or none."""
+    def __init__(self, source: str, earlier: dict[str, str], limit: int = MAX_DRAFTS) -> None:
+        """source: auto (the first there is), reference, earlier or none. limit: how many `earlier` holds at most."""
         self.source = source
         self.earlier = earlier
+        self.limit = limit
 
     def of(self, batch: Batch, teacher: Mapping[str, str] | None = None) -> list[str | None]:
         """One text, or None, for each utterance; `teacher` has transcripts by utterance id."""
@@ -33,5 +39,6 @@ class DraftTexts:
         if self.source not in ("auto", "earlier"):
             return
         for utterance, text in zip(batch, texts, strict=True):
-            if text and (self.source == "earlier" or not utterance.text):
+            is_of_use = text and (self.source == "earlier" or not utterance.text)
+            if is_of_use and (len(self.earlier) < self.limit or utterance.id in self.earlier):
                 self.earlier[utterance.id] = text

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from opd.config import RECIPES_DIR, Config, config_from_dict, describe, list_recipes, load_config, take_flag
+from opd.resolve import resolve
+
+SEVERAL = ["recipe=tiny", "data.train_manifest=null", "data.train_manifests.a.path=a.jsonl"]
 
 
 @pytest.mark.parametrize("name", list_recipes())
@@ -53,6 +56,14 @@ def test_overrides_win_over_the_recipe() -> None:
         (["recipe=tiny", "verbose"], "write it as section.key=value"),
         (["recipe=tiny", "optim.lr=fast"], "optim.lr.*could not be converted"),
         (["recipe=tiny", "optim.lr=0"], "optim.lr=0.*above 0"),
+        (["recipe=tiny", "data.train_manifest=null"], "data: neither is given; give data.train_manifest"),
+        (["recipe=tiny", "data.train_manifests.a.path=a.jsonl"], "data: both are given; .* set the other to null"),
+        ([*SEVERAL, "data.train_manifests.b=b.jsonl"], r"train_manifests.b: must be {path: ..., weight: ...}"),
+        ([*SEVERAL, "data.train_manifests.b.wight=2"], r"train_manifests.b: must be {path"),
+        ([*SEVERAL, "data.train_manifests.a.weight=0"], "train_manifests.a.weight=0: must be a number above 0"),
+        ([*SEVERAL, "data.train_manifests.a.path=stage:td"], "only data.train_manifest may name another stage"),
+        ([*SEVERAL, "stage=td"], "stage=td: works with one manifest"),
+        ([*SEVERAL, "data.sorted_epochs=1"], "data.sorted_epochs: works with one manifest"),
         (["recipe=tiny", "loss.kind=mse"], "loss.kind=mse: must be one of forward_kl"),
         (["recipe=tiny", "engine=megatron"], "engine=megatron: must be one of fsdp2"),
         (["recipe=tiny", "train.batch_size=31"], "does not divide over 2 ranks.*train.batch_size=30"),
@@ -109,3 +120,17 @@ def test_teachers_are_counted_over_all_routes() -> None:
     routes = "teacher.routes={zh: {match: {language: zh}, num_workers: 3}, rest: {}}"
     assert load_config(["recipe=tiny", routes]).num_teachers == 3 + 2
     assert load_config(["recipe=tiny"]).num_teachers == 2
+
+
+def test_several_manifests_are_made_where_they_can_be_and_have_absolute_paths(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"audio": "a.wav"}')
+    sources = ["data.train_manifests.a.weight=0.5", "data.train_manifests.b.path=nowhere.jsonl"]
+    data = [*SEVERAL, f"data.train_manifests.a.path={tmp_path}/x/../a.jsonl", *sources, "data.eval_manifests={}"]
+    (tmp_path / "x").mkdir()
+    config = resolve(load_config([*data, f"run_dir={tmp_path / 'run'}"]))
+    assert config.data.train_manifest is None
+    assert config.data.train_manifests == {
+        "a": {"path": str((tmp_path / "a.jsonl").resolve()), "weight": 0.5},
+        "b": {"path": "nowhere.jsonl"},
+    }
+    assert config_from_dict(config.to_dict()) == config

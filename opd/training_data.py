@@ -1,0 +1,118 @@
+"""What a run trains on, as its config names it: the sources, what is checked of them at start, and the feed of batches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.feed import Feed, ManifestFeed, MixedFeed, source_seed
+from data.index import IndexedManifest, facts_of, open_manifest
+from data.sampler import EpochSampler
+from opd.checkpoint import atomic_write_text
+from opd.schema import Config
+from opd.teachers.routing import Router
+from opd.types import Batch, Utterance
+
+
+class TrainingData:
+    """The sources of a run by name (one without `data.train_manifests`, named "") and the feed that hands them out.
+
+    Raises ValueError for a manifest that cannot be used.
+    """
+
+    def __init__(self, config: Config) -> None:
+        data = config.data
+        self.config = config
+        with_text = config.stage == "sft" or (config.stage == "opd" and config.rollout.source == "manifest")
+        manifests = {name: source["path"] for name, source in data.train_manifests.items()} or {"": data.train_manifest}
+        self.sources = {
+            name: open_manifest(str(path), require_text=with_text, default_language=data.default_language)
+            for name, path in manifests.items()
+        }
+        self.feed = self._feed()
+
+    def use(self, utterances: Sequence[Utterance]) -> None:
+        """Trains on these instead: what the teacher wrote, in stage td."""
+        self.sources = {"": utterances}
+        self.feed = self._feed()
+
+    def utterances(self) -> Sequence[Utterance]:
+        """All of them, where there is one source."""
+        (only,) = self.sources.values()
+        return only
+
+    def texts(self) -> Iterator[str]:
+        """All transcripts, source by source. It takes a pass over all lines."""
+        return (u.text for utterances in self.sources.values() for u in utterances if u.text)
+
+    def num_texts(self) -> int:
+        """How many utterances have a `text`."""
+        return sum(facts_of(utterances).num_texts for utterances in self.sources.values())
+
+    def check_routes(self, router: Router, *, is_new: bool) -> None:
+        """Raises ValueError for an utterance without a teacher, or whose language its teacher cannot be told.
+
+        By one utterance of each language, which an index knows. Where routes look at other fields it takes all lines:
+        for a new run only (is_new), since one that goes on has passed this with the same lines and routes.
+        """
+        by_language_alone = all(match.keys() <= {"language"} for match in router.matches.values())
+        for utterances in self.sources.values():
+            if by_language_alone:
+                router.check([utterances[position] for _, position in facts_of(utterances).languages])
+            elif is_new:
+                router.check(utterances)
+
+    def _feed(self) -> Feed:
+        config = self.config
+        if not config.data.train_manifests:
+            return _manifest_feed(self.utterances(), config.seed, config.data.sorted_epochs)
+        weights = {name: source.get("weight", 1.0) for name, source in config.data.train_manifests.items()}
+        feeds = {
+            name: _manifest_feed(utterances, source_seed(config.seed, name))
+            for name, utterances in self.sources.items()
+        }
+        return MixedFeed(feeds, weights, config.seed)
+
+
+def _manifest_feed(utterances: Sequence[Utterance], seed: int, sorted_epochs: int = 0) -> ManifestFeed:
+    keys = _seconds(utterances) if sorted_epochs else None
+    return ManifestFeed(utterances, EpochSampler(len(utterances), seed, sort_keys=keys, sorted_epochs=sorted_epochs))
+
+
+def _seconds(utterances: Sequence[Utterance]) -> Sequence[float] | np.ndarray:
+    """Length of each utterance: its `duration`, else what the header of its file says."""
+    from data.audio import audio_seconds
+
+    if not isinstance(utterances, IndexedManifest):
+        return [float(u.extra.get("duration") or audio_seconds(u)) for u in utterances]
+    known = utterances.seconds()
+    seconds = np.full(len(utterances), np.nan, np.float32) if known is None else np.array(known)
+    for position in np.flatnonzero(np.isnan(seconds)).tolist():
+        seconds[position] = audio_seconds(utterances[position])
+    return seconds
+
+
+class BatchLog:
+    """The ids of each step's utterances, a line a step, where `data.log_batches` asks for it."""
+
+    def __init__(self, path: Path, step: int, is_on: bool) -> None:
+        """step: the newest checkpoint's. What was logged after it is dropped: those steps are run again."""
+        self.path = path
+        self.step = step
+        self.is_on = is_on
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").split("\n")
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            atomic_write_text(path, "".join(f"{line}\n" for line in kept))
+
+    def add(self, batch: Batch) -> None:
+        """The batch of the next step."""
+        self.step += 1
+        if self.is_on:
+            row: dict[str, Any] = {"step": self.step, "ids": [utterance.id for utterance in batch]}
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
