@@ -4,7 +4,7 @@
     checkpoints/step-000500/{what the workers wrote, loop_state.json, config.yaml, COMPLETE}  checkpoints/{latest,best}.json
 
 A checkpoint is written beside its place and renamed when whole, so whatever is called `step-N` was whole once; the
-marker lists its files with their sizes, so that one damaged later is noticed.
+marker lists its files with sizes and checksums, so that one damaged later is noticed.
 """
 
 from __future__ import annotations
@@ -23,25 +23,14 @@ from typing import Any
 
 import yaml
 
+from opd.checkpoint_files import atomic_write_text, damage, fsync, write_marker
+
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".lock"
-MARKER = "COMPLETE"
 LOOP_STATE = "loop_state.json"
 _STEP_NAME = re.compile(r"step-(\d{6,})")
-
-
-def atomic_write_text(path: Path | str, text: str) -> None:
-    """Writes a UTF-8 file so that a reader, or a crash, sees the old text or the new one and nothing between."""
-    path = Path(path)
-    temp = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with open(temp, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temp, path)
-    _fsync(path.parent)
 
 
 class RunDir:
@@ -64,6 +53,7 @@ class RunDir:
         self._lock_fd = lock_fd
         self._pending: dict[int, Path] = {}
         self._reported: set[str] = set()
+        self._sound: set[int] = set()  # checkpoints whose contents were checked, or written here
 
     @classmethod
     def open(
@@ -136,19 +126,23 @@ class RunDir:
         temp, target = self._pending[step], self.checkpoint_path(step)
         (temp / LOOP_STATE).write_text(json.dumps(loop_state), encoding="utf-8")
         shutil.copyfile(self.path / CONFIG_FILE, temp / CONFIG_FILE)
-        files = {str(file.relative_to(temp)): file.stat().st_size for file in _files_below(temp)}
         # The data must be on disk before the marker that vouches for it, and the marker before the name.
-        for file in [*_files_below(temp), *(entry for entry in temp.rglob("*") if entry.is_dir())]:
-            _fsync(file)
-        atomic_write_text(temp / MARKER, json.dumps({"step": step, "files": files}, indent=1, sort_keys=True))
+        write_marker(temp, step)
         if target.exists():  # a damaged checkpoint, or one of an earlier, longer run
             os.rename(target, self.checkpoints_dir / f".old-{target.name}-{secrets.token_hex(4)}")
         os.rename(temp, target)
-        _fsync(self.checkpoints_dir)
+        fsync(self.checkpoints_dir)
+        self._sound.add(step)
         del self._pending[step]
         self._point_latest(step)
         self._apply_retention()
         return target
+
+    def abandon_save(self, step: int) -> None:
+        """Removes what was written of a checkpoint that was begun and cannot be completed."""
+        temp = self._pending.pop(step, None)
+        if temp is not None:
+            shutil.rmtree(temp, ignore_errors=True)
 
     def record_eval(self, step: int, wer: float) -> bool:
         """Notes the WER (a fraction) after `step` in best.json and says whether it is the best so far.
@@ -169,8 +163,19 @@ class RunDir:
     # -- reading, and the other files
 
     def latest(self) -> int | None:
-        """Step of the newest complete checkpoint, None without one. Damaged ones are skipped with a warning."""
-        return max(self._complete_steps(), default=None)
+        """Step of the newest complete checkpoint whose checksums are right, None without one.
+
+        Damaged ones are skipped with a warning.
+        """
+        for step in reversed(self._complete_steps()):
+            if step in self._sound:
+                return step
+            problem = damage(self.checkpoint_path(step), contents=True)
+            if problem is None:
+                self._sound.add(step)
+                return step
+            self._report(step, problem)
+        return None
 
     def best(self) -> tuple[int, float] | None:
         """(step, wer) of the complete checkpoint with the lowest evaluation WER, the earliest of equals, or None."""
@@ -187,9 +192,9 @@ class RunDir:
     def load_loop_state(self, step: int) -> dict[str, Any]:
         """What `commit_save` was given. Raises ValueError where checkpoint `step` is not there or damaged."""
         path = self.checkpoint_path(step)
-        damage = _damage(path)
-        if damage:
-            raise ValueError(f"{path}: checkpoint {step} cannot be loaded: {damage}")
+        problem = damage(path, contents=step not in self._sound)
+        if problem:
+            raise ValueError(f"{path}: checkpoint {step} cannot be loaded: {problem}")
         return json.loads((path / LOOP_STATE).read_text(encoding="utf-8"))
 
     def truncate_metrics(self, step: int | None) -> None:
@@ -226,13 +231,18 @@ class RunDir:
         complete = []
         for step in self._saved_steps():
             path = self.checkpoint_path(step)
-            damage = _damage(path)
-            if damage is None:
+            problem = damage(path)
+            if problem is None:
                 complete.append(step)
-            elif path.name not in self._reported:
-                self._reported.add(path.name)
-                logger.warning("%s: checkpoint skipped, it is damaged: %s", path, damage)
+            else:
+                self._report(step, problem)
         return complete
+
+    def _report(self, step: int, problem: str) -> None:
+        path = self.checkpoint_path(step)
+        if path.name not in self._reported:
+            self._reported.add(path.name)
+            logger.warning("%s: checkpoint skipped, it is damaged: %s", path, problem)
 
     def _check_saved_config(self, resume: str, frozen_keys: list[str]) -> None:
         config_path = self.path / CONFIG_FILE
@@ -361,38 +371,8 @@ def _step_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def _files_below(directory: Path) -> list[Path]:
-    return sorted(entry for entry in directory.rglob("*") if entry.is_file())
-
-
-def _damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint directory, or None where it is complete."""
-    try:
-        files = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))["files"]
-    except FileNotFoundError:
-        return f"no {MARKER} marker"
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"the {MARKER} marker cannot be read"
-    for name, size in files.items():
-        try:
-            actual = (checkpoint / name).stat().st_size
-        except OSError:
-            return f"{name} is missing"
-        if actual != size:
-            return f"{name} has {actual} bytes instead of {size}"
-    return None
-
-
 def _line_step(line: str) -> int | None:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return None
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,11 +1,18 @@
-"""Waiting for remote calls: always with a limit, and with an error that says what was waited for."""
+"""Waiting for remote calls: always with a limit, and with an error that says what was waited for, and who failed."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+
+from opd.survival import WorkerDied, WorkerHung
+
+SETTLE_S = 5.0  # a rank that dies takes others with it; this long after the first error it is seen who is dead
+# What a rank raises when another is gone or silent in the middle of a collective; other types are its own errors.
+COLLECTIVE_ERRORS = ("RuntimeError", "DistBackendError", "DistNetworkError", "TimeoutError")
 
 
 class WorkerError(RuntimeError):
@@ -16,21 +23,58 @@ class WorkerError(RuntimeError):
         self.kind = kind
 
 
-def wait(refs: Any, what: str, timeout_s: float) -> Any:
+def wait(refs: Any, what: str, timeout_s: float, names: Sequence[str] = ()) -> Any:
     """`ray.get` of a reference or a list of them.
 
-    Raises TimeoutError, RuntimeError where a worker died, WorkerError where it failed, and ValueError where the worker raised one
+    names   who answers each of them, for the error
+
+    Raises WorkerHung, WorkerDied, WorkerError where a worker failed, and ValueError where the worker raised one
     (something the user can mend). As soon as one of several calls fails, the others are not waited for.
     """
+    several = refs if isinstance(refs, list) else [refs]
+    called = list(names) if len(names) == len(several) else ["a worker"] * len(several)
     try:
         return ray.get(refs, timeout=timeout_s)
     except GetTimeoutError as error:
-        raise TimeoutError(f"waited {timeout_s:g} s for {what}; the limits are cluster.*_timeout_s") from error
-    except RayActorError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise RuntimeError(f"a worker died during {what}: {reason}; start again with resume=auto to go on") from error
+        silent = _listed(_state(several, called, 0.0)[1])
+        raise WorkerHung(
+            f"waited {timeout_s:g} s for {what}; no answer from {silent}; the limits are cluster.*_timeout_s"
+        ) from error
     except RayTaskError as error:
         cause = error.cause if isinstance(error.cause, BaseException) else error
         if isinstance(cause, ValueError):
             raise ValueError(str(cause)) from error
-        raise WorkerError(f"{what} failed: {type(cause).__name__}: {cause}", type(cause).__name__) from error
+        kind = type(cause).__name__
+        if kind in COLLECTIVE_ERRORS and len(several) > 1:
+            dead, silent_names = _state(several, called, SETTLE_S)
+            if dead:
+                raise WorkerDied(f"{_listed(dead)} died during {what}") from error
+            if silent_names:
+                raise WorkerHung(f"{_listed(silent_names)} hung during {what} ({kind}: {_short(cause)})") from error
+        raise WorkerError(f"{what} failed: {kind}: {cause}", kind) from error
+    except RayError as error:  # a dead actor, a dead node, an object that was lost with its node
+        dead = _state(several, called, SETTLE_S)[0] or ["a worker"]
+        raise WorkerDied(f"{_listed(dead)} died during {what}: {_short(error)}") from error
+
+
+def _state(refs: list[Any], names: list[str], settle_s: float) -> tuple[list[str], list[str]]:
+    """Names of those that are dead, and of those that have not answered."""
+    ready, _ = ray.wait(refs, num_returns=len(refs), timeout=settle_s, fetch_local=False)
+    dead = []
+    for ref, name in zip(refs, names, strict=True):
+        if ref in ready:
+            try:
+                ray.get(ref, timeout=settle_s)
+            except RayActorError:
+                dead.append(name)
+            except Exception:  # what else went wrong is told by the first error
+                pass
+    return dead, [name for ref, name in zip(refs, names, strict=True) if ref not in ready]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(dict.fromkeys(names)) or "nobody in particular"
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

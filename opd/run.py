@@ -11,20 +11,22 @@ import psutil
 
 from data.buckets import spread_by_length
 from data.index import open_manifest
-from data.manifest import read_manifest
 from opd.bad_audio import BadAudioList
 from opd.card import write_model_card
 from opd.checkpoint import RunDir
-from opd.evaluate import sample_table, score_transcripts, write_transcripts
+from opd.evaluate import score_transcripts
+from opd.evaluation import Evaluation
 from opd.gate import TeacherGate
 from opd.hub import check_push, push
 from opd.metrics import MetricsLog, PhaseTimer
 from opd.resolve import in_ray_job, portable, resolve
 from opd.rollout.texts import DraftTexts
+from opd.saving import Saver
 from opd.schedule import RolloutLine, ScoredRollout
 from opd.schema import FROZEN_KEYS, Config
 from opd.seed import fresh_student
 from opd.step_metrics import opd_metrics, sft_metrics, start_seconds
+from opd.survival import Stopped, StopSignal
 from opd.tables import print_table
 from opd.teacher_data import TeacherData
 from opd.teachers.environment import check_environments
@@ -54,6 +56,8 @@ class Run:
         self.workers = Workers(config, run_dir.path, self.timer, self.state["cpu_seconds"])
         self.gate: TeacherGate | None = None
         self.line = RolloutLine(config)
+        self.saver = Saver(run_dir)
+        self.stop_signal = StopSignal(config.checkpoint.grace_s)
         self.drafts = DraftTexts(config.rollout.draft, self.state.setdefault("drafts", {}))
         with self.timer("data"):
             self._read_data()
@@ -72,12 +76,12 @@ class Run:
     def _read_data(self) -> None:
         config = self.config
         self.data = TrainingData(config)
-        self.eval_sets = {name: self._eval_set(path) for name, path in config.data.eval_manifests.items()}
+        self.evaluate = Evaluation(config)
         if config.stage != "sft":
             router = Router(config)
             self.data.check_routes(router, is_new=not self.step)
             if config.stage == "opd" and config.eval.teacher:
-                router.check([u for utterances in self.eval_sets.values() for u in utterances])
+                router.check([u for utterances in self.evaluate.sets.values() for u in utterances])
         if config.stage == "td":
             names = ", ".join(sorted({str(teacher.path) for teacher in config.teacher.by_route().values()}))
             self.teacher_data = TeacherData(self.dir.path / "td", config.td, names, config.eval.normaliser)
@@ -90,8 +94,11 @@ class Run:
             print(f"train.batch_size was {before} and is now {now}: going on with the utterance that comes next")
 
     @classmethod
-    def open(cls, config: Config) -> Run:
-        """Checks everything that can be checked before a worker starts."""
+    def open(cls, config: Config, *, is_restart: bool = False) -> Run:
+        """Checks everything that can be checked before a worker starts.
+
+        is_restart   the run has lost workers: the cluster may need a while until it has room for new ones
+        """
         import ray
 
         # A stage of a ladder begins here; the first of a process has begun with the process.
@@ -109,21 +116,24 @@ class Run:
         run = cls(config, run_dir)
         run.history["synthesis"] = synthesis
         run.history["opened"] = opened
+        run.workers.wait_for_room_s = config.cluster.placement_timeout_s if is_restart else 0.0
         return run
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.saver.close()
         self.log.close()
         self.dir.close()
         if error[0] is None:  # else the driver ends, and Ray ends its workers; a dead one could not be asked anything
             self.workers.close()
 
-    def _eval_set(self, path: str) -> Batch:
-        utterances = read_manifest(path, require_text=True, default_language=self.config.data.default_language)
-        limit = self.config.eval.max_utterances
-        return utterances[:limit] if limit else utterances
+    def note_restart(self, message: str) -> None:
+        """Says why the run begins again, on the terminal and in restarts.jsonl."""
+        print(message, flush=True)
+        with open(self.dir.path / "restarts.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": time.time(), "step": self.step + 1, "reason": message}) + "\n")
 
     # -- workers -----------------------------------------------------------------------------------------------------
 
@@ -154,6 +164,7 @@ class Run:
     def start_workers(self) -> None:
         """Ray, the student's ranks and the teacher's workers; then the newest checkpoint, if there is one."""
         self.workers.start(self._student_path(), with_teacher=self.config.stage == "opd")
+        self.stop_signal.install()
         limit = self.config.teacher.gate_max_wer
         if limit is not None:
             self.gate = TeacherGate(limit, self.teacher.transcribe, self.config.eval.normaliser)
@@ -244,37 +255,17 @@ class Run:
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
-    def _evaluate(self, step: int, transcribe: Any, label: str = "eval") -> dict[str, dict[str, Any]]:
-        results = {}
-        for name, utterances in self.eval_sets.items():
-            texts = transcribe(utterances)
-            pairs = [(u, text) for u, text in zip(utterances, texts, strict=True) if text is not None]
-            if not pairs:
-                raise ValueError(f"evaluation set {name}: none of its {len(utterances)} utterances could be read")
-            ids, languages = [u.id for u, _ in pairs], [u.language for u, _ in pairs]
-            references, hypotheses = [str(u.text) for u, _ in pairs], [text for _, text in pairs]
-            rules = self.config.eval.normaliser
-            result = score_transcripts(references, hypotheses, languages, rules)
-            samples = sample_table(
-                ids, references, hypotheses, languages, self.config.eval.num_samples, normaliser=rules
-            )
-            results[name] = result.to_dict()
-            self.history.setdefault("transcripts", {})[name] = dict(zip(ids, hypotheses, strict=True))
-            if label == "eval":
-                self.log.log_eval(step, name, result, samples)
-        return results
-
     def evaluate_before(self) -> None:
         """WER of the student as it starts and, once, of the teacher."""
         self.timer.take_step()  # what went into the start is not the first step's
-        if self.state["eval_before"] or not self.eval_sets:
+        if self.state["eval_before"] or not self.evaluate.sets:
             self.workers.start_clocks()
             return
         with self.timer("eval"):
-            before = self._evaluate(0, self.student.transcribe)
+            before = self.evaluate(0, self.student.transcribe, self.log)
             teacher = {}
             if self.config.stage == "opd" and self.config.eval.teacher:
-                teacher = self._evaluate(0, self.workers.teacher_texts, label="teacher")
+                teacher = self.evaluate(0, self.workers.teacher_texts, None)
         self.timer.take_step()
         self.workers.start_clocks()
         self.state["eval_before"] = before
@@ -286,14 +277,14 @@ class Run:
     def evaluate_if_due(self, step: int) -> bool:
         """Evaluates every eval_every steps; True where the run should stop early."""
         every, last = self.config.eval.eval_every, step == self.config.train.num_steps
-        if not every or not self.eval_sets:
+        if not every or not self.evaluate.sets:
             return False
         # After the last step the export is evaluated anyway; with early stopping it must first compete with the best.
         if (last and not self.config.eval.patience) or (not last and step % every):
             return False
         self.workers.stop_clocks()
         with self.timer("eval"):
-            results = self._evaluate(step, self.student.transcribe)
+            results = self.evaluate(step, self.student.transcribe, self.log)
         self.timer.take_step()
         self.workers.start_clocks()
         wer = results[str(self.config.best_eval_set())]["wer"]
@@ -310,22 +301,29 @@ class Run:
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def save_if_due(self, step: int, last: bool) -> None:
-        """A complete, resumable checkpoint every checkpoint_every steps, at each best evaluation and after the last."""
+        """A complete, resumable checkpoint every checkpoint_every steps, at each best evaluation and after the last.
+
+        Raises Stopped, after one, where the run was asked to stop.
+        """
         evaluated = self.state.get("last_wer") or {"step": None}
         is_best = evaluated["step"] == step and self.state["no_better"] == 0
-        if step % self.config.checkpoint.checkpoint_every and not last and not is_best:
+        self.saver.poll(self.student)
+        stop = self.stop_signal.asked and not last
+        if step % self.config.checkpoint.checkpoint_every and not last and not is_best and not stop:
             return
         self.workers.stop_clocks()
         with self.timer("checkpoint"):
-            folder = self.dir.begin_save(step)
-            self.student.save(folder)
             self.state["sampler"] = self.data.feed.state_dict()
             self.state["batch_size"] = self.config.train.batch_size
             self.state["seconds"] = self.timer.seconds()
             self.state["finished"] = last
             if evaluated["step"] == step:
                 self.dir.record_eval(step, evaluated["wer"])
-            self.dir.commit_save(step, self.state)
+            self.saver.begin(self.student, step, self.state)
+            if last or stop or not self.config.checkpoint.background:
+                self.saver.finish(self.student)
+        if stop:
+            raise Stopped(f"stopped after step {step}, which is saved; start again with the same command to go on")
         self.timer.take_step()
         self.workers.start_clocks()
 
@@ -340,17 +338,17 @@ class Run:
         export_dir = self.dir.path / "export"
         exported_step = self._best_step()
         with self.timer("export"):
+            self.saver.finish(self.student)
             if exported_step != self.step:
                 self.student.load(self.dir.checkpoint_path(exported_step))
             self.student.export(export_dir)
             self.student.round_weights()
         with self.timer("eval"):
-            after = self._evaluate(self.step, self.student.transcribe) if self.eval_sets else {}
+            after = self.evaluate(self.step, self.student.transcribe, self.log)
         summary = self._summary(exported_step, export_dir, after)
         export = self.config.export
         write_model_card(export_dir, {**summary, "license": export.license, "config": self.config.to_dict()})
-        for name, texts in self.history.get("transcripts", {}).items():
-            write_transcripts(self.dir.path / f"transcripts-{name}.jsonl", texts)
+        self.evaluate.write_transcripts(self.dir.path)
         self.dir.write_summary(summary)
         if export.push:  # after the summary: a push that fails loses nothing and can be repeated
             print(f"push: {push(export_dir, export.push, export.private, export.revision)}")
@@ -374,7 +372,7 @@ class Run:
             "eval_manifests": config.data.eval_manifests,
             "train_texts": self.data.num_texts(),
             "export_dir": str(export_dir),
-            "languages": sorted({u.language for s in self.eval_sets.values() for u in s if u.language}),
+            "languages": sorted({u.language for s in self.evaluate.sets.values() for u in s if u.language}),
         }  # fmt: skip
         if config.stage == "td":
             summary["teacher_data"] = self.teacher_data.counts()

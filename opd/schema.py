@@ -151,12 +151,17 @@ class TrainConfig:
     micro_batch_tokens: int = key(
         0, "instead: padded positions (audio, prompt, response) of one forward and backward on one rank; 0 = not used"
     )
+    max_restarts: int = key(
+        3, "times that dead or silent workers are replaced; the run goes on from its last checkpoint"
+    )
     log_every: int = key(10, "steps between progress lines on a plain terminal")
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     checkpoint_every: int = key(100, "steps between checkpoints; the last step is always saved")
+    grace_s: float = key(25.0, "SIGTERM: the step is finished and saved if that takes no longer; seconds")
+    background: bool = key(True, "the ranks go on once their state is copied, and write the copy meanwhile")
     keep_last: int = key(2, "newest checkpoints kept, beside the best by evaluation")
 
 
@@ -260,10 +265,10 @@ class Config:
 
 # What may not change between a run and its continuation: everything that shapes the weights (the number of steps shapes
 # the schedule). Where the run is written, how it is watched, what happens to bad audio and how ranks are placed may change;
-# so may the size of a batch, when the hardware does: the place in the data is counted in utterances.
+# so may the number of ranks and the size of a batch, when the hardware does: the place in the data is counted in utterances.
 FROZEN_KEYS = [
     "recipe", "stage", "schedule", "seed", "engine", "student", "teacher.kind", "teacher.path", "teacher.language",
     "teacher.prompt", "teacher.routes", "teacher.dtype", "teacher.gate_max_wer", "data.train_manifest",
     "data.train_manifests", "data.default_language", "data.sorted_epochs", "data.group_by_length", "td", "rollout", "loss",
-    "optim", "train.num_steps", "cluster.num_nodes", "cluster.ranks_per_node", "eval.normaliser",
+    "optim", "train.num_steps", "eval.normaliser",
 ]  # fmt: skip

@@ -12,49 +12,71 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from opd.config import describe, load_config, take_flag
 from opd.schema import Config
+from opd.survival import LOST, STOPPED_STATUS, Restarts, Stopped
+
+if TYPE_CHECKING:
+    from opd.run import Run
 
 
 def train(config: Config) -> dict:
-    """Runs one stage from start (or the newest checkpoint) to export; returns the summary."""
+    """Runs one stage from start (or the newest checkpoint) to export; returns the summary.
+
+    Where a worker or its node is lost, it begins again from the newest checkpoint, train.max_restarts times.
+    """
+    from opd.resolve import with_run_dir
     from opd.run import Run  # imports Ray and verl: seconds that print_config and a wrong key need not wait for
 
-    with Run.open(config) as run:  # run directory, data, last complete checkpoint or a fresh start
-        if run.is_finished():
-            return run.print_summary()
-        if config.stage == "td":
-            run.write_teacher_data()  # the teacher transcribes; the student is then tuned on what passes the filters
-        with run.timer("start"):
-            run.start_workers()  # student: a verl RayWorkerGroup; teacher: plain Ray actors; both load at the same time
-        run.evaluate_before()
+    config = with_run_dir(config)
+    restarts = Restarts(config.train.max_restarts)
+    while True:
+        with Run.open(
+            config, is_restart=restarts.used > 0
+        ) as run:  # run directory, data, last complete checkpoint or a fresh start
+            try:
+                return run_stage(run, config)
+            except LOST as error:
+                run.note_restart(restarts.allow(error, run.step + 1))  # raises where the run is to stop
 
-        for step in run.steps_left():
-            if config.stage == "opd":
-                while run.line.wants_rollout(step):  # one; with one_step_off the next one too, before this one trains
-                    batch = run.next_batch()  # list of Utterance records
-                    number = run.line.rollout_step(step)
-                    with run.timer("rollout"):
-                        rollout = run.student.generate(batch, number, run.drafts.of(batch))
-                    run.drafts.keep(batch, rollout.texts)
-                    run.line.add(step, batch, rollout, run.score(rollout, number))
-                with run.timer("teacher"):
-                    scored = run.line.take(step)
-                with run.timer("update"):
-                    sums = run.student.update(scored.rollout, scored.scores, step)
-                run.log_opd(step, scored, sums)
-            else:
-                batch = run.next_batch()
-                with run.timer("update"):
-                    sums = run.student.update_sft(batch, step)
-                run.log_sft(step, sums)
-            stop = run.evaluate_if_due(step)
-            run.save_if_due(step, last=stop or step == config.train.num_steps)
-            if stop:
-                break
 
-        return run.finish()  # export, evaluation of the exported weights, summary.json
+def run_stage(run: Run, config: Config) -> dict:
+    """From the run as it was opened to its summary."""
+    if run.is_finished():
+        return run.print_summary()
+    if config.stage == "td":
+        run.write_teacher_data()  # the teacher transcribes; the student is then tuned on what passes the filters
+    with run.timer("start"):
+        run.start_workers()  # student: a verl RayWorkerGroup; teacher: plain Ray actors; both load at the same time
+    run.evaluate_before()
+
+    for step in run.steps_left():
+        if config.stage == "opd":
+            while run.line.wants_rollout(step):  # one; with one_step_off the next one too, before this one trains
+                batch = run.next_batch()  # list of Utterance records
+                number = run.line.rollout_step(step)
+                with run.timer("rollout"):
+                    rollout = run.student.generate(batch, number, run.drafts.of(batch))
+                run.drafts.keep(batch, rollout.texts)
+                run.line.add(step, batch, rollout, run.score(rollout, number))
+            with run.timer("teacher"):
+                scored = run.line.take(step)
+            with run.timer("update"):
+                sums = run.student.update(scored.rollout, scored.scores, step)
+            run.log_opd(step, scored, sums)
+        else:
+            batch = run.next_batch()
+            with run.timer("update"):
+                sums = run.student.update_sft(batch, step)
+            run.log_sft(step, sums)
+        stop = run.evaluate_if_due(step)
+        run.save_if_due(step, last=stop or step == config.train.num_steps)
+        if stop:
+            break
+
+    return run.finish()  # export, evaluation of the exported weights, summary.json
 
 
 def run_all(config: Config) -> dict:
@@ -71,7 +93,7 @@ def run_all(config: Config) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line. Returns the exit status: 0, or 1 after one line that says what went wrong."""
+    """Command line. Returns the exit status: 0; 1 after one line that says what went wrong; 143 where SIGTERM asked it to stop."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     # When several workers fail of one cause, the first is reported below; Ray would print the others after it.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
@@ -84,6 +106,9 @@ def main(argv: list[str] | None = None) -> int:
             print(describe(config))
             return 0
         run_all(config)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return STOPPED_STATUS
     except KeyboardInterrupt:
         print("interrupted; start again with the same run_dir to go on from the newest checkpoint", file=sys.stderr)
         return 130

@@ -27,7 +27,8 @@ _CHOICES = {
     "teacher.attn_implementation": ATTENTION,
 }  # fmt: skip
 _POSITIVE = (
-    "data.max_seconds", "td.max_chars_per_second", "rollout.max_new_tokens", "rollout.max_repeats", "loss.top_k", "loss.temperature",
+    "checkpoint.grace_s", "data.max_seconds",
+    "td.max_chars_per_second", "rollout.max_new_tokens", "rollout.max_repeats", "loss.top_k", "loss.temperature",
     "loss.chunk_size", "optim.lr", "optim.eps", "train.num_steps", "train.batch_size", "train.micro_batch_size",
     "train.log_every", "checkpoint.checkpoint_every", "checkpoint.keep_last", "eval.batch_size", "cluster.num_nodes",
     "cluster.ranks_per_node", "cluster.num_teachers",
@@ -37,7 +38,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "rollout.temperature", "loss.ctc_weight", "optim.weight_decay", "optim.max_grad_norm", "optim.warmup_steps",
     "eval.eval_every", "td.min_chars_per_second", "eval.max_utterances", "eval.num_samples", "eval.patience", "data.sorted_epochs",
-    "data.num_threads", "train.micro_batch_tokens",
+    "data.num_threads", "train.micro_batch_tokens", "train.max_restarts",
     "cluster.cpus_per_rank", "cluster.cpus_per_teacher", "cluster.gpus_per_teacher", "seed",
 )  # fmt: skip
 _SHARES = ("teacher.min_coverage", "data.max_bad_share", "loss.beta", "optim.min_lr_ratio")

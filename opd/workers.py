@@ -27,6 +27,7 @@ class Workers:
         self.cpu_seconds = cpu_seconds
         self.student: Any = None
         self.teacher: Any = None
+        self.wait_for_room_s = 0.0
         self._clocks: dict[str, float] | None = None
 
     def start_teacher(self, student_path: str) -> None:
@@ -66,7 +67,7 @@ class Workers:
         with self.timer("start_ray"):
             connect(cluster)
             ranks = self.config.num_ranks if with_student else 0
-            check_resources(cluster, ranks, self.config.num_teachers if with_teacher else 0)
+            check_resources(cluster, ranks, self.config.num_teachers if with_teacher else 0, self.wait_for_room_s)
 
     def _wait_for_teacher(self) -> list[dict[str, Any]]:
         with self.timer("start_teacher"):

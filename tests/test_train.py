@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -42,6 +43,7 @@ from opd.train import main
 Result = subprocess.CompletedProcess[str]
 NO_EVAL = "data.eval_manifests={}"
 NOT_FINITE = ["optim.lr=1e30", "optim.warmup_steps=0", "checkpoint.checkpoint_every=100", NO_EVAL, *ONE_RANK]
+PREEMPTED = ["train.num_steps=40", "checkpoint.checkpoint_every=100", "data.sorted_epochs=0", NO_EVAL, *ONE_RANK]
 # A rate that changes nothing: the second evaluation is no better than the first, and patience is at its end.
 STOP_EARLY = ["train.num_steps=5", "optim.lr=1e-12", "eval.eval_every=1", "eval.patience=1", *ONE_RANK]
 
@@ -77,6 +79,17 @@ def jobs(speech: dict[str, Path], cluster: dict[str, str], folder: Path) -> Iter
         "skip": lambda: run(command(speech, folder / "skip", *spoilt, "data.on_bad_audio=skip"), cluster),
         "not_finite": lambda: run(command(speech, folder / "not_finite", *NOT_FINITE), cluster),
         "mixed": lambda: run_with_two_batch_sizes(speech, folder / "mixed", cluster),
+        "preempted": lambda: preempt(
+            command(
+                speech,
+                folder / "preempted",
+                *PREEMPTED,
+                f"data.train_manifest={speech['train']}",
+                recipe="tiny_student",
+            ),
+            cluster,
+            folder / "preempted",
+        ),
         "few_cpus": lambda: run(command(speech, folder / "few_cpus", "cluster.cpus_per_rank=8"), cluster),
         "no_gpu": lambda: run(command(speech, folder / "no_gpu", "cluster.use_gpu=true"), cluster),
         "no_overlap": lambda: run(
@@ -96,24 +109,36 @@ def finished(jobs: dict[str, Future], name: str) -> Result:
 
 
 def kill_twice(arguments: list[str], env: dict[str, str], run_dir: Path) -> Result:
-    """A run in which a rank is killed with SIGKILL in step 4, then the driver in step 6; the third try ends it."""
-    for step, victim in ((4, "rank"), (6, "driver")):
-        process = start(arguments, env)
-        wait_for_step(process, run_dir, step - 1)
-        rank = json.loads((run_dir / "workers.json").read_text())["student"][1]
-        os.kill(rank if victim == "rank" else process.pid, signal.SIGKILL)
-        killed = time.monotonic()
-        printed, _ = process.communicate(timeout=120)
-        assert process.returncode != 0
-        if victim == "rank":
-            # Ray may print its own warning of the death before or after it.
-            errors = [line for line in printed.splitlines() if line.startswith("error: ")]
-            assert len(errors) == 1, printed
-            assert errors[0].startswith("error: a worker died during "), printed
-            assert "resume=auto" in printed
-            assert time.monotonic() - killed < 60
-        assert not (run_dir / "summary.json").exists()
+    """A run in which a rank is killed with SIGKILL in step 4, and replaced, then the driver in step 6; the next ends it."""
+    process = start(arguments, env)
+    wait_for_step(process, run_dir, 3)
+    rank = json.loads((run_dir / "workers.json").read_text())["student"][1]
+    os.kill(rank, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while not (run_dir / "restarts.jsonl").exists():
+        assert time.monotonic() < deadline, "a dead rank is noticed within a minute"
+        time.sleep(0.2)
+    wait_for_step(process, run_dir, 5)
+    process.kill()
+    process.communicate(timeout=120)
+    assert not (run_dir / "summary.json").exists()
     return run(arguments, env)
+
+
+def preempt(arguments: list[str], env: dict[str, str], run_dir: Path) -> Result:
+    """A run that is asked to stop after step 3, and then started again."""
+    process = start(arguments, env)
+    wait_for_step(process, run_dir, 3)
+    process.terminate()
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, printed
+    (saved,) = (run_dir / "checkpoints").glob("step-*")
+    step = int(saved.name.removeprefix("step-"))
+    assert 3 <= step <= 12
+    assert f"stopped after step {step}, which is saved; start again with the same command" in printed
+    result = run(arguments, env)
+    assert f"going on after step {step} of 40" in result.stdout
+    return result
 
 
 def run_with_two_batch_sizes(speech: dict[str, Path], run_dir: Path, env: dict[str, str]) -> Result:
@@ -243,6 +268,14 @@ def test_a_killed_run_resumes_bit_equal(jobs: dict[str, Future], folder: Path) -
     assert expected.keys() == resumed.keys()
     assert all(expected[name].equal(resumed[name]) for name in expected)
     assert metrics(folder / "broken") == metrics(folder / "unbroken")
+    (restart,) = map(json.loads, (folder / "broken" / "restarts.jsonl").read_text().splitlines())
+    assert re.match(r"step \d: student rank 1 \(pid \d+ on .*\) died during .* restart 1 of 3", restart["reason"])
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(jobs: dict[str, Future], folder: Path) -> None:
+    finished(jobs, "preempted")
+    steps = [line["step"] for line in metrics(folder / "preempted")]
+    assert steps == list(range(1, 41)), "no step is lost, none is done twice"
 
 
 def test_a_ray_job_runs_as_the_readme_says(jobs: dict[str, Future], folder: Path) -> None:

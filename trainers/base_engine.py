@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -274,6 +275,13 @@ class StudentEngine(BaseEngine):
 
         On one rank it shares memory with the parameters.
         """
+
+    def start_saving(self, local_path: str) -> Future[Any]:
+        """Begins `save_checkpoint`; training may go on when this returns. Here all of it is done by then."""
+        self.save_checkpoint(local_path)
+        done: Future[Any] = Future()
+        done.set_result(None)
+        return done
 
     def get_per_tensor_param(self) -> tuple[Any, None]:
         return iter(self.full_state_dict().items()), None

@@ -31,8 +31,22 @@ def connect(cluster: ClusterConfig) -> None:
     ray.init(**options)
 
 
-def check_resources(cluster: ClusterConfig, ranks: int, teachers: int) -> None:
-    """Raises ValueError where the cluster has too few CPUs or GPUs for this many student ranks and teacher workers."""
+def check_resources(cluster: ClusterConfig, ranks: int, teachers: int, wait_s: float = 0.0) -> None:
+    """Raises ValueError where the cluster has too few CPUs or GPUs for this many student ranks and teacher workers.
+
+    wait_s   how long a node that is to take the place of a lost one may need to join
+    """
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            return _check_resources(cluster, ranks, teachers)
+        except ValueError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(1.0)
+
+
+def _check_resources(cluster: ClusterConfig, ranks: int, teachers: int) -> None:
     needed = {"CPU": ranks * cluster.cpus_per_rank + teachers * cluster.cpus_per_teacher}
     if cluster.use_gpu:
         needed["GPU"] = ranks * cluster.gpus_per_rank + teachers * cluster.gpus_per_teacher

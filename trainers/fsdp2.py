@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,6 +37,7 @@ class FSDP2Engine(StudentEngine):
     """
 
     min_group_numel = 1_000_000
+    _save_group: dist.ProcessGroup | None = None
 
     def _wrap(self, student: TrainedStudent) -> nn.Module:
         device = get_device_name()
@@ -77,11 +79,20 @@ class FSDP2Engine(StudentEngine):
 
     def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         """Writes model, optimizer and schedule with torch.distributed.checkpoint: any number of ranks can load it."""
+        self.start_saving(local_path).result()
+        dist.barrier()
+
+    def start_saving(self, local_path: str) -> Future[Any]:
+        """As `save_checkpoint`, in the background: when this returns the state is copied, and training may go on."""
+        if self._save_group is None:
+            # The ranks agree on what each writes while they train: those talks must not meet the training's.
+            self._save_group = dist.new_group(backend="gloo")
         model, optimizer = get_state_dict(self.module, self.optimizer)
         state = {"model": model, "optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
-        dcp.save(state, checkpoint_id=f"{local_path}/state")
         torch.save(torch.get_rng_state(), f"{local_path}/rng-rank{self.rank}.pt")
-        dist.barrier()
+        saving = dcp.async_save(state, checkpoint_id=f"{local_path}/state", process_group=self._save_group)
+        assert isinstance(saving, Future), "the state is copied before async_save returns"
+        return saving
 
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         """Restores what `save_checkpoint` wrote. The random state is restored where this rank saved one."""

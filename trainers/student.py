@@ -58,14 +58,18 @@ class Student:
         self.group = StudentGroup(
             self.pool, worker, device_name=get_device_name(), timeout_s=config.cluster.start_timeout_s
         )
+        self._names = [f"student rank {rank}" for rank in range(self.group.world_size)]
         self._setup = self.group.setup()
 
     def wait_ready(self) -> list[dict[str, Any]]:
         """Facts of each rank once all have built the student."""
-        return wait(self._setup, "the student's ranks to start", self.config.cluster.start_timeout_s)
+        limit = self.config.cluster.start_timeout_s
+        facts = wait(self._setup, "the student's ranks to start", limit, self._names)
+        self._names = [f"student rank {fact['rank']} (pid {fact['pid']} on {fact['node']})" for fact in facts]
+        return facts
 
     def _call(self, refs: list[Any], what: str) -> list[Any]:
-        return wait(refs, what, self.config.cluster.call_timeout_s)
+        return wait(refs, what, self.config.cluster.call_timeout_s, self._names)
 
     def _shards(self, utterances: list[Any]) -> list[list[Any]]:
         """Contiguous shards whose sizes differ by at most one."""
@@ -129,8 +133,13 @@ class Student:
             texts[rank::ranks] = part
         return texts
 
-    def save(self, path: Path) -> None:
-        self._call(self.group.save(str(path)), f"a checkpoint into {path}")
+    def start_save(self, path: Path) -> None:
+        """The ranks copy their state and begin to write it into a folder, while they go on with other calls."""
+        self._call(self.group.start_save(str(path)), f"a checkpoint into {path}")
+
+    def is_saved(self, wait: bool) -> bool:
+        """Whether all ranks have written what `start_save` began; `wait`: until they have. Raises what went wrong."""
+        return all(self._call(self.group.is_saved(wait), "a checkpoint to be written"))
 
     def load(self, path: Path) -> None:
         self._call(self.group.load(str(path)), f"the checkpoint {path}")

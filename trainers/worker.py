@@ -6,8 +6,10 @@ Rollouts and scores come and go as references to dictionaries of tensors; the dr
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections import deque
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,7 @@ class StudentWorker(Worker):
         super().__init__()
         self.config = config_from_dict(config)
         self.path = path
+        self._saving: Future[Any] | None = None
         # Prompts of rollouts that are not trained yet, oldest first, and the rows of each of their micro-batches.
         self._kept: deque[tuple[list[str], dict[str, torch.Tensor], list[list[int]]]] = deque()
 
@@ -82,6 +85,7 @@ class StudentWorker(Worker):
         return {
             "rank": self.rank,
             "pid": os.getpid(),
+            "node": socket.gethostname(),
             "num_parameters": sum(p.numel() for p in parameters),
             "num_trained": sum(p.numel() for p in parameters if p.requires_grad),
             "seconds_join": joined - began,
@@ -202,7 +206,9 @@ class StudentWorker(Worker):
         ids, inputs, micro_rows = self._kept.popleft()
         assert ids == [u.id for u in shard], "rollouts are trained in the order in which they were made"
         micros = []
-        for rows, rollout, score in zip(micro_rows, ray.get(rollouts), ray.get(scores), strict=True):
+        limit = self.config.cluster.call_timeout_s
+        parts = zip(ray.get(rollouts, timeout=limit), ray.get(scores, timeout=limit), strict=True)
+        for rows, (rollout, score) in zip(micro_rows, parts, strict=True):
             micros.append(
                 opd_micro_batch(
                     inputs,
@@ -243,9 +249,19 @@ class StudentWorker(Worker):
     # -- state -----------------------------------------------------------------------------------------------------
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
-    def save(self, path: str) -> None:
-        """Writes this rank's part of a checkpoint into a folder that the driver commits afterwards."""
-        self.engine.save_checkpoint(path)
+    def start_save(self, path: str) -> None:
+        """Copies the state and begins to write this rank's part into a folder that the driver commits afterwards."""
+        assert self._saving is None or self._saving.done(), "one checkpoint at a time"
+        self._saving = self.engine.start_saving(path)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    def is_saved(self, wait: bool) -> bool:
+        """Whether what `start_save` began is written; raises what went wrong there."""
+        assert self._saving is not None, "start_save comes first"
+        if not wait and not self._saving.done():
+            return False
+        self._saving.result()
+        return True
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     def load(self, path: str) -> None:

@@ -50,6 +50,7 @@ class TeacherGroup:
         self.counts = dict(NO_COUNTS)
         self.pools: dict[str, list[Any]] = {}
         self._ready: dict[str, list[Any]] = {}
+        self._facts: dict[str, list[dict[str, Any]]] = {}
         for name, teacher in self.router.teachers.items():
             key = f"teacher.routes.{name}.path" if name else "teacher.path"
             settings = config.to_dict()
@@ -81,14 +82,22 @@ class TeacherGroup:
         for name, refs in self._ready.items():
             what = f"the teacher of route {name} to load" if name else "the teacher to load"
             try:
-                loaded = wait(refs, what, self.config.cluster.start_timeout_s)
+                loaded = wait(refs, what, self.config.cluster.start_timeout_s, self._names(name))
             except TimeoutError as error:
                 python_path = self.router.teachers[name].python_path
                 if python_path is None:
                     raise
                 raise TimeoutError(f"{error}; teacher.python_path={python_path} must be on every node") from error
+            self._facts[name] = loaded
             facts += [{"route": name, **fact} for fact in loaded]
         return facts
+
+    def _names(self, route: str) -> list[str]:
+        """What the workers of a route are called in errors."""
+        of_route = f" of route {route}" if route else ""
+        facts = self._facts.get(route) or [{} for _ in self.pools[route]]
+        places = [f" (pid {fact['pid']} on {fact['node']})" if fact else "" for fact in facts]
+        return [f"teacher worker {index}{of_route}{place}" for index, place in enumerate(places)]
 
     def start_score(self, micro_batches: list[list[Batch]], rollout_refs: list[list[Any]], step: int) -> PendingScores:
         """The workers begin to score the rollout of a step; the driver may go on meanwhile.
@@ -103,12 +112,13 @@ class TeacherGroup:
             for utterances, ref in zip(shard, refs, strict=True):
                 parts[-1].append({})
                 for name, rows in self.router.split(utterances).items():
-                    worker = self.pools[name][next(calls[name]) % len(self.pools[name])]
+                    turn = next(calls[name]) % len(self.pools[name])
+                    worker = self.pools[name][turn]
                     members, chosen = [utterances[row] for row in rows], rows if len(rows) < len(utterances) else None
                     # A top-level argument: Ray brings the dictionary to the worker, past the driver.
                     score, counted = worker.score.options(num_returns=2).remote(members, ref, chosen)
                     parts[-1][-1][name] = (rows, score)
-                    counts[name].append(counted)
+                    counts[name].append((turn, counted))
         # After all calls to score, so that no merge waits before one of them.
         scores = [[self._merged(part) for part in shard_parts] for shard_parts in parts]
         return PendingScores(self, scores, counts, step)
@@ -125,7 +135,13 @@ class TeacherGroup:
         """Waits for all scores of a step; adds up their counts (see `PendingScores.wait`)."""
         self.counts = dict(NO_COUNTS)
         for name, refs in counts.items():
-            done = wait(refs, f"the teacher's scores of step {step}", self.config.cluster.call_timeout_s)
+            names = self._names(name)
+            done = wait(
+                [ref for _, ref in refs],
+                f"the teacher's scores of step {step}",
+                self.config.cluster.call_timeout_s,
+                [names[turn] for turn, _ in refs],
+            )
             totals = {key: sum(part[key] for part in done) for key in NO_COUNTS}
             coverage = totals["aligned"] / max(1, totals["positions"])
             limit = self.router.teachers[name].min_coverage
@@ -146,10 +162,12 @@ class TeacherGroup:
             pool = self.pools[name]
             for turn, start in enumerate(range(0, len(rows), size)):
                 part = rows[start : start + size]
-                calls.append((part, pool[turn % len(pool)].transcribe.remote([utterances[row] for row in part])))
-        results = wait([ref for _, ref in calls], "the teacher's transcripts", self.config.cluster.call_timeout_s)
+                ref = pool[turn % len(pool)].transcribe.remote([utterances[row] for row in part])
+                calls.append((part, ref, self._names(name)[turn % len(pool)]))
+        refs, names = [ref for _, ref, _ in calls], [name for _, _, name in calls]
+        results = wait(refs, "the teacher's transcripts", self.config.cluster.call_timeout_s, names)
         transcripts: dict[int, TeacherTranscript] = {}
-        for (part, _), written in zip(calls, results, strict=True):
+        for (part, _, _), written in zip(calls, results, strict=True):
             transcripts |= zip(part, written, strict=True)
         return [transcripts[row] for row in range(len(utterances))]
 
@@ -160,7 +178,8 @@ class TeacherGroup:
     def cpu_seconds(self) -> float:
         """Processor time of all workers so far."""
         refs = [worker.cpu_seconds.remote() for pool in self.pools.values() for worker in pool]
-        return sum(wait(refs, "the teacher's clocks", self.config.cluster.call_timeout_s))
+        names = [name for route in self.pools for name in self._names(route)]
+        return sum(wait(refs, "the teacher's clocks", self.config.cluster.call_timeout_s, names))
 
     def close(self) -> None:
         """Ends the workers and frees what Ray has set aside for them."""

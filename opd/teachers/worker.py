@@ -7,7 +7,9 @@ environment than the driver, one without verl and the rest of the training stack
 from __future__ import annotations
 
 import os
+import socket
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +19,42 @@ from opd.teachers.merging import merge_scores
 from opd.types import Batch, TeacherTranscript
 
 Tensors = dict[str, torch.Tensor]
+
+
+def halved_once(
+    score: Callable[[Batch, Tensors], tuple[Tensors, dict[str, int]]], utterances: Batch, rollout: Tensors
+) -> tuple[Tensors, dict[str, int]]:
+    """What `score` returns; where memory does not last, of each half of the batch by itself, put together again.
+
+    Raises MemoryError, with what to change, where half is too much too.
+    """
+    try:
+        return score(utterances, rollout)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or len(utterances) < 2:
+            raise
+    halves = [range(len(utterances) // 2), range(len(utterances) // 2, len(utterances))]
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    try:
+        parts = [
+            score([utterances[row] for row in rows], {name: value[list(rows)] for name, value in rollout.items()})
+            for rows in halves
+        ]
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(
+            f"the teacher is out of memory with {len(halves[1])} utterances, half a micro-batch: lower train.micro_batch_size "
+            "(or train.micro_batch_tokens), or give teacher workers more memory (cluster.gpus_per_teacher, teacher.dtype)"
+        ) from error
+    merged = merge_scores([list(rows) for rows in halves], [tensors for tensors, _ in parts])
+    return merged, {name: sum(counts[name] for _, counts in parts) for name in parts[0][1]}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the machine has no memory left; on a CPU torch says so in words only."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 class TeacherWorker:
@@ -30,7 +68,12 @@ class TeacherWorker:
         torch.set_num_threads(config["cluster"]["threads_per_teacher"])
         self.teacher = make_teacher(config, student_path)
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        return {"pid": os.getpid(), "versions": versions, **self.teacher.facts()}
+        return {
+            "pid": os.getpid(),
+            "node": socket.gethostname(),
+            "versions": versions,
+            **self.teacher.facts(),
+        }
 
     def score(
         self, utterances: Batch, rollout: Tensors, rows: list[int] | None = None
@@ -41,7 +84,7 @@ class TeacherWorker:
         """
         if rows is not None:
             rollout = {name: tensor[rows] for name, tensor in rollout.items()}
-        return self.teacher.score_and_count(utterances, rollout)
+        return halved_once(self.teacher.score_and_count, utterances, rollout)
 
     def merge(self, rows: list[list[int]], *scores: Tensors) -> Tensors:
         """Scores of some rows each -> the score of all rows in their order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -68,7 +69,7 @@ def test_save_and_load(run: RunDir) -> None:
     assert run.latest() == 500
     assert run.load_loop_state(500) == {"step": 500, "sampler": {"position": 3}}
     marker = json.loads((path / "COMPLETE").read_text())
-    assert marker["files"]["model.bin"] == len("weights")
+    assert marker["files"]["model.bin"] == {"size": 7, "sha256": hashlib.sha256(b"weights").hexdigest()}
     assert set(marker["files"]) == {"model.bin", "optim/rank0.bin", "loop_state.json", "config.yaml"}
     assert yaml.safe_load((path / "config.yaml").read_text()) == yaml.safe_load((run.path / "config.yaml").read_text())
     assert json.loads((run.checkpoints_dir / "latest.json").read_text()) == {"step": 500, "path": "step-000500"}
@@ -95,7 +96,7 @@ def test_each_save_gets_a_directory_of_its_own(run: RunDir) -> None:
     assert list(second.iterdir()) == []
 
 
-@pytest.mark.parametrize("damage", ["marker", "broken marker", "missing", "short"])
+@pytest.mark.parametrize("damage", ["marker", "broken marker", "missing", "short", "changed"])
 def test_damaged_checkpoint_is_skipped(run: RunDir, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     save(run, 1)
     path = save(run, 2)
@@ -105,6 +106,8 @@ def test_damaged_checkpoint_is_skipped(run: RunDir, damage: str, caplog: pytest.
         (path / "COMPLETE").write_text('{"step": 2, "fi')
     elif damage == "missing":
         (path / "optim" / "rank0.bin").unlink()
+    elif damage == "changed":
+        (path / "model.bin").write_text("weighty")
     else:
         (path / "model.bin").write_text("w")
     run.close()

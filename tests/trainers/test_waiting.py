@@ -30,8 +30,17 @@ def sleep():
     time.sleep(600)
 
 @ray.remote(num_cpus=0)
+def answer():
+    return 1
+
+@ray.remote(num_cpus=0)
+def cut_off():
+    raise RuntimeError("timed out")
+
+@ray.remote(num_cpus=0)
 class Dying:
     def die(self):
+        time.sleep(1)
         os._exit(1)
 
 def refuse():
@@ -39,8 +48,10 @@ def refuse():
 
 for call in (
     lambda: StudentPool(cluster).get_placement_groups(),
-    lambda: wait([sleep.remote()], "the rollout of step 3", 0.5),
-    lambda: wait([sleep.remote(), Dying.remote().die.remote()], "the update of step 3", 60),
+    lambda: wait([answer.remote(), sleep.remote()], "the rollout of step 3", 10, ["rank 0", "rank 1"]),
+    lambda: wait([sleep.remote(), Dying.remote().die.remote()], "the update of step 3", 60, ["rank 0", "rank 1"]),
+    lambda: wait([cut_off.remote(), Dying.remote().die.remote()], "the update of step 3", 60, ["rank 0", "rank 1"]),
+    lambda: wait([cut_off.remote(), sleep.remote()], "the update of step 3", 60, ["rank 0", "rank 1"]),
     lambda: wait(ray.remote(num_cpus=0)(refuse).remote(), "the teacher to load", 60),
 ):
     try:
@@ -56,15 +67,19 @@ def test_placement_calls_and_dead_workers(cluster: dict[str, str]) -> None:
     )
     assert result.returncode == 0, result.stderr[-3000:]
     said = [line.removeprefix("ERROR ") for line in result.stdout.splitlines() if line.startswith("ERROR ")]
-    assert len(said) == 4, result.stdout
-    placement, call, dead, mendable = said
+    assert len(said) == 6, result.stdout
+    placement, call, dead, collective, silent, mendable = said
     assert placement.startswith(
         "TimeoutError waited 1 s for Ray to place 2 student ranks ({'CPU': 5} each); free now: "
     )
     assert placement.endswith("raise cluster.placement_timeout_s or free resources")
-    assert call == "TimeoutError waited 0.5 s for the rollout of step 3; the limits are cluster.*_timeout_s"
-    assert dead.startswith("RuntimeError a worker died during the update of step 3: ")
-    assert dead.endswith("start again with resume=auto to go on")
+    expected = (
+        "WorkerHung waited 10 s for the rollout of step 3; no answer from rank 1; the limits are cluster.*_timeout_s"
+    )
+    assert call == expected
+    assert dead.startswith("WorkerDied rank 1 died during the update of step 3: ")
+    assert collective == "WorkerDied rank 1 died during the update of step 3", "the other's error is only what followed"
+    assert silent == "WorkerHung rank 1 hung during the update of step 3 (RuntimeError: timed out)"
     assert mendable == "ValueError nothing to mend"
 
 
