@@ -207,6 +207,9 @@ class ClusterConfig:
     cpus_per_teacher: float = key(0.5, "CPUs that Ray sets aside for a teacher worker; fractions are fine")
     gpus_per_teacher: float = key(1.0, "GPUs of a teacher worker where use_gpu is true; fractions share one")
     threads_per_teacher: int = key(2, "torch threads of a teacher worker")
+    network_interface: str | None = key(
+        None, "network interface between the ranks (gloo and NCCL), such as eth0; null = as they choose themselves"
+    )
     placement_timeout_s: float = key(60.0, "longest wait for Ray to place the workers, seconds")
     start_timeout_s: float = key(600.0, "longest wait for a worker to load its model, seconds")
     call_timeout_s: float = key(1800.0, "longest wait for one call to the workers, seconds")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from typing import Any
 
@@ -63,7 +64,9 @@ def _check_resources(cluster: ClusterConfig, ranks: int, teachers: int) -> None:
 class StudentPool(RayResourcePool):
     """verl's resource pool with CPUs per rank as configured (fractions too) and a limit on the wait for placement.
 
-    verl's own pool asks for whole CPUs by its colocation count and waits for ever.
+    verl's own pool asks for whole CPUs by its colocation count and waits for ever. Each node's ranks are one placement
+    group, and each group has a node of its own as far as there are enough; ranks are numbered by the nodes' addresses (verl's
+    order), so a rank is on the same node again when the run is started again on the same nodes.
     """
 
     def __init__(self, cluster: ClusterConfig) -> None:
@@ -83,7 +86,12 @@ class StudentPool(RayResourcePool):
             bundle: dict[str, float] = {"CPU": self.cluster.cpus_per_rank}
             if self.use_gpu:
                 bundle["GPU"] = self.cluster.gpus_per_rank
-            groups = [placement_group([dict(bundle)] * count, strategy=strategy) for count in self.store]
+            nodes: list[str | None] = [*choose_nodes(bundle, self.store[0], len(self.store))]
+            nodes += [None] * (len(self.store) - len(nodes))  # where one is missing, whichever joins or has room
+            groups = [
+                placement_group([dict(bundle)] * count, strategy=strategy, _soft_target_node_id=node)
+                for count, node in zip(self.store, nodes, strict=True)
+            ]
             wait_for_placement(groups, f"{self.world_size} student ranks", bundle, self.cluster.placement_timeout_s)
             self.pgs = sort_placement_group_by_node_ip(groups)
         return self.pgs
@@ -93,6 +101,42 @@ class StudentPool(RayResourcePool):
         for group in self.pgs or []:
             remove_placement_group(group)
         self.pgs = None
+
+
+def choose_nodes(bundle: dict[str, float], ranks_per_node: int, num_nodes: int) -> list[str]:
+    """Ids of at most num_nodes nodes that can hold ranks_per_node bundles each, ordered by address.
+
+    Those that have room now come before those that are full. Without this, Ray fills one node before it takes the next.
+    """
+    free = ray._private.state.available_resources_per_node()
+
+    def fits(resources: dict[str, float]) -> bool:
+        return all(resources.get(kind, 0.0) + 1e-6 >= amount * ranks_per_node for kind, amount in bundle.items())
+
+    fitting = [node for node in ray.nodes() if node["Alive"] and fits(node["Resources"])]
+    fitting.sort(key=lambda node: (not fits(free.get(node["NodeID"], {})), _address_key(node)))
+    return [node["NodeID"] for node in sorted(fitting[:num_nodes], key=_address_key)]
+
+
+def _address_key(node: dict[str, Any]) -> tuple[str, str]:
+    return node["NodeManagerAddress"], node["NodeID"]
+
+
+def rank_env(cluster: ClusterConfig) -> dict[str, str]:
+    """Environment of the student's ranks, beside what verl gives them."""
+    if cluster.network_interface is None:
+        return {}
+    return {"GLOO_SOCKET_IFNAME": cluster.network_interface, "NCCL_SOCKET_IFNAME": cluster.network_interface}
+
+
+def check_interface(cluster: ClusterConfig) -> None:
+    """Raises ValueError where this machine has no cluster.network_interface. For a rank, before it joins the others."""
+    name, known = cluster.network_interface, [name for _, name in socket.if_nameindex()]
+    if name is not None and name not in known:
+        raise ValueError(
+            f"cluster.network_interface={name}: node {ray.util.get_node_ip_address()} has no such interface; it has "
+            f"{', '.join(known)}"
+        )
 
 
 def wait_for_placement(groups: list[PlacementGroup], what: str, bundle: dict[str, float], timeout_s: float) -> None:
@@ -111,8 +155,6 @@ def wait_for_placement(groups: list[PlacementGroup], what: str, bundle: dict[str
 @ray.remote(num_cpus=0)
 def free_address() -> tuple[str, str]:
     """Address and a free port of the node this runs on, for the ranks' rendezvous."""
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("", 0))
         return ray.util.get_node_ip_address().strip("[]"), str(probe.getsockname()[1])

@@ -14,7 +14,7 @@ from verl.utils.device import get_device_name
 from opd.remote import WorkerError, wait
 from opd.schema import Config
 from opd.types import Batch
-from trainers.cluster import StudentPool, free_address
+from trainers.cluster import StudentPool, free_address, rank_env
 from trainers.worker import StudentWorker
 
 
@@ -56,7 +56,11 @@ class Student:
         worker.update_options({"num_cpus": config.cluster.cpus_per_rank})
         self.pool = StudentPool(config.cluster)
         self.group = StudentGroup(
-            self.pool, worker, device_name=get_device_name(), timeout_s=config.cluster.start_timeout_s
+            self.pool,
+            worker,
+            device_name=get_device_name(),
+            worker_env=rank_env(config.cluster),
+            timeout_s=config.cluster.start_timeout_s,
         )
         self._names = [f"student rank {rank}" for rank in range(self.group.world_size)]
         self._setup = self.group.setup()

@@ -33,6 +33,7 @@ from opd.rollout.speculative import RolloutCounts, forward_cost, speculate
 from opd.types import Batch, Rollout, TeacherScore
 from opd.vocab import blocked_mask
 from trainers.base_engine import init_process_group
+from trainers.cluster import check_interface
 from trainers.fsdp2 import MODEL_TYPE
 from trainers.loader import PromptLoader
 from trainers.objectives import (
@@ -63,6 +64,7 @@ class StudentWorker(Worker):
         began = time.perf_counter()
         torch.set_num_threads(self.config.cluster.threads_per_rank)
         np.random.seed(self.config.seed)
+        check_interface(self.config.cluster)
         init_process_group(self.config.cluster.collective_timeout_s, self.config.cluster.use_gpu)
         joined = time.perf_counter()
         self.processor = load_processor(self.path)
