@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 TEACHER_VENV := .venv-teacher
 TEACHER_BIN := $(TEACHER_VENV)/bin
 
-.PHONY: quickstart test nightly lint env env-dev seeds teacher-env test-teachers compat clean
+.PHONY: quickstart test nightly drills lint env env-dev seeds teacher-env test-teachers compat clean
 
 quickstart: env
 	$(BIN)/python -m opd.train recipe=tiny
@@ -19,6 +19,10 @@ test: env-dev lint
 # What takes too long for `make test`: does distillation still bring what the README says, from a start that is honest?
 nightly: env-dev
 	$(BIN)/python -m pytest -m nightly
+
+# Breaks small runs in every way that a cluster knows, and says what came of it (about 15 minutes; two rows need root).
+drills: env-dev
+	$(BIN)/python -m bench.drills
 
 lint: env-dev
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import get_ident
 
 import numpy as np
 
@@ -20,6 +21,11 @@ class Collator:
             raise ValueError(f"on_bad_audio must be 'stop' or 'skip', not {on_bad_audio!r}")
         self.max_seconds = max_seconds
         self.on_bad_audio = on_bad_audio
+        self._reading: dict[int, Utterance] = {}  # by thread
+
+    def reading(self) -> list[str]:
+        """Id and path of what is being read at this moment, for when it does not come to an end."""
+        return [f"{utterance.id} ({utterance.audio})" for utterance in list(self._reading.values())]
 
     def collate(self, utterances: Sequence[Utterance]) -> tuple[list[np.ndarray], list[BadAudio]]:
         """Return (a float32 [samples at 16 kHz] waveform for each utterance in order, the errors of the skipped ones).
@@ -29,6 +35,7 @@ class Collator:
         waveforms: list[np.ndarray] = []
         bad: list[BadAudio] = []
         for utterance in utterances:
+            self._reading[get_ident()] = utterance
             try:
                 waveforms.append(load_audio(utterance, max_seconds=self.max_seconds))
             except BadAudio as error:
@@ -36,4 +43,6 @@ class Collator:
                     raise
                 bad.append(error)
                 waveforms.append(np.zeros(int(PLACEHOLDER_SECONDS * SAMPLING_RATE), dtype=np.float32))
+            finally:
+                del self._reading[get_ident()]
         return waveforms, bad

@@ -89,6 +89,9 @@ class DataConfig:
     num_threads: int = key(
         2, "threads of a student rank that read the next batch's audio meanwhile; 0 = when it is used"
     )
+    read_timeout_s: float = key(
+        120.0, "longest wait for the audio of a batch; then the run ends, naming the file; seconds"
+    )
     group_by_length: bool = key(
         True, "spread a step's utterances so that ranks have equal work and neighbours equal length; the batch stays"
     )

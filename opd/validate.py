@@ -27,7 +27,7 @@ _CHOICES = {
     "teacher.attn_implementation": ATTENTION,
 }  # fmt: skip
 _POSITIVE = (
-    "checkpoint.grace_s", "data.max_seconds",
+    "checkpoint.grace_s", "data.max_seconds", "data.read_timeout_s",
     "td.max_chars_per_second", "rollout.max_new_tokens", "rollout.max_repeats", "loss.top_k", "loss.temperature",
     "loss.chunk_size", "optim.lr", "optim.eps", "train.num_steps", "train.batch_size", "train.micro_batch_size",
     "train.log_every", "checkpoint.checkpoint_every", "checkpoint.keep_last", "eval.batch_size", "cluster.num_nodes",

@@ -262,7 +262,8 @@ def test_the_export_writes_the_same_transcripts_where_the_package_is_not_install
 def test_a_killed_run_resumes_bit_equal(jobs: dict[str, Future], folder: Path) -> None:
     """Also the proof that two runs of one seed are the same: all numbers but times are compared to the last digit."""
     finished(jobs, "unbroken")
-    assert "going on after step 4 of 6" in finished(jobs, "broken").stdout
+    # A checkpoint is written beside training: the one of step 4 may not have been complete yet.
+    assert re.search(r"going on after step [24] of 6", finished(jobs, "broken").stdout)
     expected = load_file(folder / "unbroken" / "export" / "model.safetensors")
     resumed = load_file(folder / "broken" / "export" / "model.safetensors")
     assert expected.keys() == resumed.keys()

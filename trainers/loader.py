@@ -22,10 +22,10 @@ class PromptLoader:
                   spectrum leave Python's lock, so threads are enough and nothing is copied between processes.
     """
 
-    def __init__(self, collator: Collator, processor: Any, num_threads: int) -> None:
+    def __init__(self, collator: Collator, processor: Any, num_threads: int, timeout_s: float = 120.0) -> None:
         self.collator = collator
         self.processor = processor
-        self.num_threads = num_threads
+        self.num_threads, self.timeout_s = num_threads, timeout_s
         self._readers = ThreadPoolExecutor(max(1, num_threads), "read")
         # Another pool: a task that waits for readers must not take a reader's place.
         self._makers = ThreadPoolExecutor(1, "make")
@@ -40,10 +40,16 @@ class PromptLoader:
             self._pending[_key(shard)] = self._makers.submit(self._make, shard)
 
     def take(self, shard: Batch) -> Prompts:
-        """The prompts of a shard, left-padded. Raises BadAudio where the policy is to stop."""
+        """The prompts of a shard, left-padded. Raises BadAudio where the policy is to stop, and ValueError after `timeout_s`."""
         began = time.perf_counter()
-        pending = self._pending.pop(_key(shard), None)
-        prompts = self._make(shard) if pending is None else pending.result()
+        pending = self._pending.pop(_key(shard), None) or self._makers.submit(self._make, shard)
+        try:
+            prompts = pending.result(self.timeout_s)
+        except TimeoutError as error:
+            raise ValueError(
+                f"audio was not read within data.read_timeout_s={self.timeout_s:g} s: {', '.join(self.collator.reading())}; "
+                "look at the storage that it is on"
+            ) from error
         self._waited_s += time.perf_counter() - began
         return prompts
 

@@ -75,7 +75,9 @@ class StudentWorker(Worker):
         self.eos_id, self.pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
         self.blocked_V = blocked_mask(blocked_token_ids(tokenizer, vocab_size, self.eos_id), vocab_size).to(self.device)
         collator = Collator(max_seconds=self.config.data.max_seconds, on_bad_audio=self.config.data.on_bad_audio)
-        self.loader = PromptLoader(collator, self.processor, self.config.data.num_threads)
+        self.loader = PromptLoader(
+            collator, self.processor, self.config.data.num_threads, self.config.data.read_timeout_s
+        )
         decoder_size = sum(p.numel() for p in self.engine.module.model.model.parameters())
         self.forward_cost = forward_cost(
             decoder_size,

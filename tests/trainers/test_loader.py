@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -44,3 +46,19 @@ def test_bad_audio_stops_when_it_is_taken(tiny_dir: Path, speech: dict[str, Path
     loader.prefetch(shard)
     with pytest.raises(BadAudio, match="nowhere"):
         loader.take(shard)
+
+
+def test_audio_that_blocks_is_named(tiny_dir: Path, speech: dict[str, Path], tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.wav"
+    os.mkfifo(pipe)  # opening it waits for a writer, as a dead network disk waits for its server
+    utterances = read_manifest(speech["eval"])[:2]
+    shard = [utterances[0], dataclasses.replace(utterances[1], audio=str(pipe))]
+    loader = PromptLoader(Collator(), load_processor(tiny_dir), 2, timeout_s=0.5)
+    loader.prefetch(shard)
+    try:
+        with pytest.raises(
+            ValueError, match=rf"data\.read_timeout_s=0\.5 s: {re.escape(utterances[1].id)} \(.*pipe\.wav\)"
+        ):
+            loader.take(shard)
+    finally:
+        os.close(os.open(pipe, os.O_WRONLY))
