@@ -19,6 +19,19 @@ if TYPE_CHECKING:
     from bench.step import Step
 
 
+def token_tables(
+    student: Any, teacher: Any, blocked_V: torch.Tensor, teacher_blocked_V: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The teacher's id of each of the student's and the other way round, by the tokens' strings; -1 where there is none."""
+    to_teacher_V, to_student_V = torch.full(blocked_V.shape, -1), torch.full(teacher_blocked_V.shape, -1)
+    theirs, unwritten, unread = teacher.get_vocab(), blocked_V.tolist(), teacher_blocked_V.tolist()
+    for token, index in student.get_vocab().items():
+        other = theirs.get(token)
+        if other is not None and not unwritten[index] and not unread[other]:
+            to_teacher_V[index], to_student_V[other] = other, index
+    return to_teacher_V, to_student_V
+
+
 class PlainSide:
     """Student, teacher and optimizer of the other side.
 
@@ -37,13 +50,7 @@ class PlainSide:
         self.eos_id, self.pad_id = student.eos_token_id, student.pad_token_id
         self.optimizer, self.scheduler = make_optimizer(self.model, config)
         self.blocked_V, self.teacher_blocked_V = blocked_V, teacher_blocked_V
-        ids, theirs = student.get_vocab(), teacher.get_vocab()
-        self.to_teacher_V = torch.full(blocked_V.shape, -1)
-        self.to_student_V = torch.full(teacher_blocked_V.shape, -1)
-        for token, index in ids.items():
-            other = theirs.get(token)
-            if other is not None and not blocked_V[index] and not teacher_blocked_V[other]:
-                self.to_teacher_V[index], self.to_student_V[other] = other, index
+        self.to_teacher_V, self.to_student_V = token_tables(student, teacher, blocked_V, teacher_blocked_V)
 
     @torch.no_grad()
     def copy_weights(self, model: torch.nn.Module) -> None:
@@ -108,12 +115,23 @@ class PlainSide:
 
 
 def logprobs(
-    model: Any, inputs: Inputs, ids_BT: torch.Tensor, mask_BT: torch.Tensor, blocked_V: torch.Tensor
+    model: Any,
+    inputs: Inputs,
+    ids_BT: torch.Tensor,
+    mask_BT: torch.Tensor,
+    blocked_V: torch.Tensor,
+    all_positions: bool = False,
 ) -> torch.Tensor:
-    """Log-probabilities of what may be written, at the positions that predict the response: (B, T, V)."""
+    """Log-probabilities of what may be written, at the positions that predict the response: (B, T, V).
+
+    all_positions  normalise where the response is not predicted, too
+    """
     joined = dict(inputs) | {
         "input_ids": torch.cat([inputs["input_ids"], ids_BT], dim=1),
         "attention_mask": torch.cat([inputs["attention_mask"], mask_BT.long()], dim=1),
     }
     logits_BLV = model(**joined, use_cache=False).logits.float()
-    return logits_BLV[:, -ids_BT.shape[1] - 1 : -1].masked_fill(blocked_V, float("-inf")).log_softmax(-1)
+    response = slice(-ids_BT.shape[1] - 1, -1)
+    if all_positions:
+        return logits_BLV.masked_fill(blocked_V, float("-inf")).log_softmax(-1)[:, response]
+    return logits_BLV[:, response].masked_fill(blocked_V, float("-inf")).log_softmax(-1)

@@ -60,10 +60,18 @@ PHASES = ("rollout", "teacher", "update")
 class HeardTeacher(ArkasrTeacher):
     """The teacher of a run; its features are there already, as the other side's are."""
 
-    heard: dict[tuple[str, ...], dict[str, torch.Tensor]]
+    heard: Inputs
+    rows: dict[str, int]
 
-    def prompts(self, utterances: Batch) -> list[tuple[list[int], dict[str, torch.Tensor]]]:
-        return [(list(range(len(utterances))), self.heard[tuple(u.id for u in utterances)])]
+    def prompts(self, utterances: Batch) -> list[tuple[list[int], Inputs]]:
+        """Without the padding that other utterances of the batch need, as if the audio had been read for these alone."""
+        index = torch.tensor([self.rows[u.id] for u in utterances])
+        part = {name: tensor[index] for name, tensor in self.heard.items()}
+        first = int((part["attention_mask"].sum(0) > 0).long().argmax())
+        frames = int(part["audio_mask"].sum(1).max())
+        prompt = {name: part[name][:, first:] for name in ("input_ids", "attention_mask")}
+        audio = {"audios": part["audios"][:, :, :frames], "audio_mask": part["audio_mask"][:, :frames]}
+        return [(list(range(len(utterances))), prompt | audio)]
 
 
 @dataclass
@@ -111,14 +119,9 @@ class OurSide:
     def prepare(self, batch: Batch) -> tuple[Inputs, Inputs]:
         """Prompts of a batch with their features, for student and teacher; not timed."""
         waveforms = [load_audio(u) for u in batch]
-        size = self.config.train.micro_batch_size
-        self.teacher.heard = {
-            tuple(u.id for u in batch[start : start + size]): self.teacher.processor.build_inputs(
-                waveforms[start : start + size]
-            )
-            for start in range(0, len(batch), size)
-        }
-        return self.processor.build_inputs(waveforms), self.teacher.processor.build_inputs(waveforms)
+        self.teacher.heard = self.teacher.processor.build_inputs(waveforms)
+        self.teacher.rows = {u.id: row for row, u in enumerate(batch)}
+        return self.processor.build_inputs(waveforms), self.teacher.heard
 
     def step(self, batch: Batch, inputs: Inputs, drafts: list[str | None], update: bool) -> Step:
         """One step; without `update` it ends with the gradients."""
@@ -136,20 +139,23 @@ class OurSide:
         rows = zip(rollout.response_ids_BT, rollout.response_mask_BT, strict=True)
         self.drafts.keep(batch, [self.processor.clean_text(ids[mask].tolist()) for ids, mask in rows])
         self.forwards = int(counts.forwards_B.sum()) / len(batch)
-        size = config.train.micro_batch_size
-        parts = split(rollout, size)
+        lengths_B = inputs["attention_mask"].sum(1) + rollout.response_mask_BT.sum(1)
+        micro_rows = self.parts.micro_batch_rows(lengths_B.tolist(), config.train)
+        parts = split(rollout, micro_rows)
         clock.lap("rollout")
-        scores = [self.teacher.score(batch[i * size : (i + 1) * size], part.to_dict()) for i, part in enumerate(parts)]
+        scores = [
+            self.teacher.score([batch[row] for row in rows], part.to_dict())
+            for rows, part in zip(micro_rows, parts, strict=True)
+        ]
         clock.lap("teacher")
         self.optimizer.zero_grad(set_to_none=True)
         self.module.train()
         micros = [
             self.parts.opd_micro_batch(
-                inputs, slice(i * size, (i + 1) * size), part, TeacherScore.from_dict(score), config.rollout,
-                torch.device("cpu"),
+                inputs, rows, part, TeacherScore.from_dict(score), config.rollout, torch.device("cpu")
             )
-            for i, (part, score) in enumerate(zip(parts, scores, strict=True))
-        ]  # fmt: skip
+            for rows, part, score in zip(micro_rows, parts, scores, strict=True)
+        ]
         positions = sum(micro.num_positions for micro in micros)
         loss = 0.0
         for micro in micros:

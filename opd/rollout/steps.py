@@ -46,6 +46,13 @@ class DecoderSteps:
         self.rotary = decoder.rotary_emb
         self.cos_LD = self.sin_LD = self.norm.new_zeros(0, self.head_dim)
 
+    def addresses(self) -> list[int]:
+        """Where the weights are in memory: the same list, the same tensors."""
+        tensors = [self.embedding, self.norm, self.head]
+        for norms, projections, out_weight, mlp_weights in self.layers:
+            tensors += [*norms, *(t for pair in projections for t in pair if t is not None), out_weight, *mlp_weights]
+        return [tensor.data_ptr() for tensor in tensors]
+
     def __call__(
         self,
         input_ids: torch.Tensor,
