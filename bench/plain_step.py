@@ -50,7 +50,7 @@ class PlainSide:
         self.eos_id, self.pad_id = student.eos_token_id, student.pad_token_id
         self.optimizer, self.scheduler = make_optimizer(self.model, config)
         self.blocked_V, self.teacher_blocked_V = blocked_V, teacher_blocked_V
-        self.to_teacher_V, self.to_student_V = token_tables(student, teacher, blocked_V, teacher_blocked_V)
+        self.tables = token_tables(student, teacher, blocked_V, teacher_blocked_V)
 
     @torch.no_grad()
     def copy_weights(self, model: torch.nn.Module) -> None:
@@ -72,7 +72,7 @@ class PlainSide:
         ended_BT = (ids_BT == self.eos_id).long().cumsum(1)
         mask_BT = (ended_BT == 0) | ((ids_BT == self.eos_id) & (ended_BT == 1))
         clock.lap("rollout")
-        teacher_ids_BT = self.to_teacher_V[ids_BT].masked_fill(~mask_BT, 0)
+        teacher_ids_BT = self.tables[0][ids_BT].masked_fill(~mask_BT, 0)
         if bool((teacher_ids_BT < 0).any()):
             raise SystemExit("a response does not map into the teacher's vocabulary")
         with torch.no_grad():
@@ -81,37 +81,47 @@ class PlainSide:
         self.optimizer.zero_grad(set_to_none=True)
         self.model.train()
         log_q_BTV = logprobs(self.model, inputs, ids_BT, mask_BT, self.blocked_V)
-        loss = self.divergence(log_p_BTW, log_q_BTV, ids_BT)[mask_BT].sum() / mask_BT.sum()
+        loss_BT = divergence(log_p_BTW, log_q_BTV, ids_BT, self.tables, self.eos_id, config.loss.top_k)
+        loss = loss_BT[mask_BT].sum() / mask_BT.sum()
         loss.backward()
         if update:
             apply_update(self.model, self.optimizer, self.scheduler, config)
         clock.lap("update")
         return Step(ids_BT, float(loss.detach()), clock.seconds, clock.cpu_seconds)
 
-    def divergence(self, log_p_BTW: torch.Tensor, log_q_BTV: torch.Tensor, ids_BT: torch.Tensor) -> torch.Tensor:
-        """Forward KL at each position, on both top-k, the written id and EOS, with the rest as one tail: (B, T).
 
-        log_p_BTW is over the teacher's vocabulary. Ids that only one side has are in the tail of both.
-        """
-        top_k = self.config.loss.top_k
-        eos_BT1 = torch.full_like(ids_BT, self.eos_id)[..., None]
-        teacher_BTK = self.to_student_V[log_p_BTW.topk(top_k, dim=-1).indices]
-        teacher_BTK = torch.where(teacher_BTK < 0, eos_BT1, teacher_BTK)
-        student_BTK = log_q_BTV.detach().topk(top_k, dim=-1).indices
-        ids_BTU = torch.cat([teacher_BTK, student_BTK, ids_BT[..., None], eos_BT1], dim=-1).sort(-1).values
-        teacher_ids_BTU = self.to_teacher_V[ids_BTU]
-        shared_BTU = functional.pad(ids_BTU[..., 1:] != ids_BTU[..., :-1], (1, 0), value=True) & (teacher_ids_BTU >= 0)
-        spare = log_p_BTW.shape[-1], log_q_BTV.shape[-1]  # the column of what is not shared
-        tails = [
-            functional.pad(log_BTV, (0, 1), value=float("-inf"))
-            .scatter(-1, torch.where(shared_BTU, index_BTU, last), float("-inf"))
-            .logsumexp(-1)
-            for log_BTV, index_BTU, last in zip((log_p_BTW, log_q_BTV), (teacher_ids_BTU, ids_BTU), spare, strict=True)
-        ]
-        log_p_BTU = log_p_BTW.gather(-1, teacher_ids_BTU.clamp(min=0))
-        log_q_BTU = log_q_BTV.gather(-1, ids_BTU)
-        difference_BTU = (log_p_BTU - log_q_BTU).masked_fill(~shared_BTU, 0.0)
-        return (log_p_BTU.exp() * difference_BTU).sum(-1) + tails[0].exp() * (tails[0] - tails[1])
+def divergence(
+    log_p_BTW: torch.Tensor,
+    log_q_BTV: torch.Tensor,
+    ids_BT: torch.Tensor,
+    tables: tuple[torch.Tensor, torch.Tensor],
+    eos_id: int,
+    top_k: int,
+) -> torch.Tensor:
+    """Forward KL at each position, on both top-k, the written id and EOS, with the rest as one tail: (B, T).
+
+    log_p_BTW is over the teacher's vocabulary; tables are those of `token_tables`. Ids that only one side has are in the
+    tail of both.
+    """
+    to_teacher_V, to_student_W = tables
+    eos_BT1 = torch.full_like(ids_BT, eos_id)[..., None]
+    teacher_BTK = to_student_W[log_p_BTW.topk(top_k, dim=-1).indices]
+    teacher_BTK = torch.where(teacher_BTK < 0, eos_BT1, teacher_BTK)
+    student_BTK = log_q_BTV.detach().topk(top_k, dim=-1).indices
+    ids_BTU = torch.cat([teacher_BTK, student_BTK, ids_BT[..., None], eos_BT1], dim=-1).sort(-1).values
+    teacher_ids_BTU = to_teacher_V[ids_BTU]
+    shared_BTU = functional.pad(ids_BTU[..., 1:] != ids_BTU[..., :-1], (1, 0), value=True) & (teacher_ids_BTU >= 0)
+    spare = log_p_BTW.shape[-1], log_q_BTV.shape[-1]  # the column of what is not shared
+    tails = [
+        functional.pad(log_BTV, (0, 1), value=float("-inf"))
+        .scatter(-1, torch.where(shared_BTU, index_BTU, last), float("-inf"))
+        .logsumexp(-1)
+        for log_BTV, index_BTU, last in zip((log_p_BTW, log_q_BTV), (teacher_ids_BTU, ids_BTU), spare, strict=True)
+    ]
+    log_p_BTU = log_p_BTW.gather(-1, teacher_ids_BTU.clamp(min=0))
+    log_q_BTU = log_q_BTV.gather(-1, ids_BTU)
+    difference_BTU = (log_p_BTU - log_q_BTU).masked_fill(~shared_BTU, 0.0)
+    return (log_p_BTU.exp() * difference_BTU).sum(-1) + tails[0].exp() * (tails[0] - tails[1])
 
 
 def logprobs(

@@ -24,7 +24,7 @@ WIDTHS = (1, 2, 4, 8, 16, 32, MAX_WIDTH + 1)
 class GraphSteps:
     """`DecoderSteps` on fixed memory. On CUDA the second use of a size captures a graph, which the next ones replay.
 
-    Kept from one rollout to the next; `bind` it to the model before each. It keeps the memory of keys and values.
+    Kept from one rollout to the next; `bind` it to the model before each. It keeps the memory of keys, values and logits.
     Elsewhere than on CUDA it computes the same on the same fixed memory, without graphs: slower than `DecoderSteps`.
     """
 
@@ -36,6 +36,7 @@ class GraphSteps:
         self.store: KeyStore | None = None
         self._pool: Any = None  # memory that the graphs share: one runs at a time
         self._buckets: dict[tuple[int, int], _Bucket] = {}
+        self._logits_NV: torch.Tensor | None = None  # of all sizes: each overwrites those of the one before
 
     def bind(self, model: nn.Module) -> GraphSteps:
         """Takes over the weights of the model. Graphs stay where the weights are still in the same memory."""
@@ -58,7 +59,7 @@ class GraphSteps:
         return RowCache(store.capacity, store)
 
     def _forget(self) -> None:
-        self._buckets, self._pool = {}, None
+        self._buckets, self._pool, self._logits_NV = {}, None, None
 
     def __call__(
         self,
@@ -73,27 +74,30 @@ class GraphSteps:
         assert store is not None and past_key_values.store is store, "the cache is not that of new_cache"
         rows, width = input_ids.shape
         size = (_round_up(rows, store.num_rows), next(w for w in WIDTHS if w >= width))
+        if self._logits_NV is None or len(self._logits_NV) < size[0] * size[1]:
+            self._forget()  # graphs write into the old one
+            self._logits_NV = self.steps.head.new_empty(size[0] * size[1], len(self.steps.head))
         bucket = self._buckets.get(size)
         if bucket is None:
-            bucket = self._buckets[size] = _Bucket(store, *size, attention_mask)
+            logits_NV = self._logits_NV[: size[0] * size[1]]
+            bucket = self._buckets[size] = _Bucket(store, *size, attention_mask, logits_NV)
         bucket.fill(input_ids, attention_mask, position_ids, past_key_values)
-        logits_RWV = self._run(bucket)
-        return SimpleNamespace(logits=logits_RWV[:rows, :width])
+        self._run(bucket)
+        return SimpleNamespace(logits=bucket.logits_NV.view(*size, -1)[:rows, :width])
 
-    def _run(self, bucket: _Bucket) -> torch.Tensor:
+    def _run(self, bucket: _Bucket) -> None:
         bucket.num_runs += 1
         if self.use_graphs and bucket.graph is None and bucket.num_runs > 1:
             # The first run has set up what libraries set up at their first call.
             bucket.graph = torch.cuda.CUDAGraph()
             # Other threads of the process (audio readers) may use CUDA meanwhile.
             with torch.cuda.graph(bucket.graph, pool=self._pool, capture_error_mode="thread_local"):
-                bucket.logits_RWV = bucket.compute(self.steps)
+                bucket.compute(self.steps)
             self._pool = bucket.graph.pool() if self._pool is None else self._pool
         if bucket.graph is None:
-            return bucket.compute(self.steps)
-        bucket.graph.replay()
-        assert bucket.logits_RWV is not None
-        return bucket.logits_RWV
+            bucket.compute(self.steps)
+        else:
+            bucket.graph.replay()
 
 
 class _Bucket:
@@ -102,8 +106,8 @@ class _Bucket:
     It stands in for the cache while `DecoderSteps` computes: `update` and `writes` are what that needs of one.
     """
 
-    def __init__(self, store: KeyStore, num_rows: int, width: int, mask: torch.Tensor) -> None:
-        """mask: any mask, for its type and device."""
+    def __init__(self, store: KeyStore, num_rows: int, width: int, mask: torch.Tensor, logits_NV: torch.Tensor) -> None:
+        """mask: any mask, for its type and device; logits_NV: where logits are written, N = R * W."""
         self.layers = [(keys[:num_rows], values[:num_rows]) for keys, values in store.layers]
         self.writes = SimpleNamespace(capacity=store.capacity)
         self.far = torch.finfo(mask.dtype).min
@@ -112,7 +116,7 @@ class _Bucket:
         self.row_R1 = torch.arange(num_rows, device=mask.device)[:, None] * store.capacity
         self.mask_R1WL = mask.new_zeros(num_rows, 1, width, store.capacity)
         self.graph: Any = None
-        self.logits_RWV: torch.Tensor | None = None
+        self.logits_NV = logits_NV
         self.num_runs = 0
 
     def fill(self, ids_RW: torch.Tensor, mask_R1WL: torch.Tensor, positions_RW: torch.Tensor, cache: RowCache) -> None:
@@ -129,10 +133,10 @@ class _Bucket:
         self.mask_R1WL.fill_(self.far)
         self.mask_R1WL[:rows, :, :width, :end] = mask_R1WL
 
-    def compute(self, steps: DecoderSteps) -> torch.Tensor:
-        """Logits (R, W, V) of what was filled in."""
+    def compute(self, steps: DecoderSteps) -> None:
+        """The logits of what was filled in."""
         cache: Any = self
-        return steps(self.ids_RW, self.mask_R1WL, self.positions_RW, cache).logits
+        steps(self.ids_RW, self.mask_R1WL, self.positions_RW, cache, out_NV=self.logits_NV)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int

@@ -60,11 +60,13 @@ class DecoderSteps:
         position_ids: torch.Tensor,
         past_key_values: RowCache,
         use_cache: bool = True,
+        out_NV: torch.Tensor | None = None,
     ) -> Any:
         """Logits (R, W, V) as `.logits`.
 
         input_ids, position_ids  (R, W)
         attention_mask           (R, 1, W, end) additive, over the slots that the cache will return
+        out_NV                   (R * W, V), where the logits are written; None: into memory of their own
         """
         rows, width = input_ids.shape
         x_ND = functional.embedding(input_ids.flatten(), self.embedding)
@@ -79,7 +81,7 @@ class DecoderSteps:
             y_ND = self._norm(x_ND, norms[1])
             gate = self.activation(functional.linear(y_ND, gate_weight))
             x_ND = torch.addmm(x_ND, gate.mul_(functional.linear(y_ND, up_weight)), down_weight)
-        logits_NV = functional.linear(self._norm(x_ND, self.norm), self.head)
+        logits_NV = torch.mm(self._norm(x_ND, self.norm), self.head.t(), out=out_NV)
         return SimpleNamespace(logits=logits_NV.view(rows, width, -1))
 
     def _norm(self, x_ND: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
