@@ -1,4 +1,4 @@
-"""How fast does audio reach a step? python -m bench.data [--json FILE] [--lines N] [--seconds S]
+"""How fast does audio reach a step? python -m bench.data [--json FILE] [--lines N] [--batches N]
 
 A manifest of 100,000 lines is read and shuffled; batches of its audio are decoded, resampled and made mel by the trainer's
 own loader, with two threads ahead of the consumer, against the same work done when it is needed. Both sides must give the
@@ -19,6 +19,7 @@ import numpy as np
 import soundfile
 import torch
 
+from bench.tables import Row, print_rows, write_json
 from data.collate import Collator
 from data.manifest import read_manifest
 from data.sampler import EpochSampler
@@ -77,30 +78,25 @@ def main(argv: list[str] | None = None) -> int:
         utterances = read_manifest(path)
         read_s = time.perf_counter() - began
         audio_seconds = mean_seconds * BATCH_SIZE * arguments.batches
-        rows = []
+        rows, notes = [], {}
         for case, step_s in (("data/loader", 0.0), ("data/beside_steps", 0.5)):
-            ours = [run(utterances, NUM_THREADS, arguments.batches, step_s) for _ in range(RUNS)]
-            other = [run(utterances, 0, arguments.batches, step_s) for _ in range(RUNS)]
+            ours, other = [], []
+            for _ in range(RUNS):  # in turns
+                ours.append(run(utterances, NUM_THREADS, arguments.batches, step_s))
+                other.append(run(utterances, 0, arguments.batches, step_s))
             assert all(torch.equal(a, b) for a, b in zip(ours[0][2], other[0][2], strict=True)), "the features differ"
             ours_s, other_s = (statistics.median(seconds for seconds, _, _ in side) for side in (ours, other))
-            waited = statistics.median(waited for _, waited, _ in ours)
-            rows.append(
-                {"case": case, "ours_s": ours_s, "other": "read_when_needed", "other_s": other_s,
-                 "ratio": other_s / ours_s, "ours_mb": None, "other_mb": None,
-                 "audio_seconds_per_second": audio_seconds / ours_s, "waited_share": waited / ours_s}
-            )  # fmt: skip
+            waited_s = statistics.median(waited for _, waited, _ in ours)
+            rows.append(Row(case, ours_s, "read_when_needed", other_s, other_s / ours_s))
+            notes[case] = (
+                f"{audio_seconds / ours_s:,.0f} seconds of audio a second; {waited_s / ours_s:.1%} of the time waited for it"
+            )
     print(
         f"manifest of {arguments.lines:,} lines read in {read_s:.2f} s; {NUM_THREADS} threads, batches of {BATCH_SIZE}"
     )
-    print("| case | ours s | other | other s | ratio | audio-s per s | share of time waited for audio |")
-    print("|---|---|---|---|---|---|---|")
-    for row in rows:
-        print(
-            f"| {row['case']} | {row['ours_s']:.2f} | {row['other']} | {row['other_s']:.2f} | {row['ratio']:.2f} | "
-            f"{row['audio_seconds_per_second']:.0f} | {row['waited_share']:.1%} |"
-        )
+    print_rows(rows, notes)
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        write_json(rows, arguments.json)
     return 0
 
 

@@ -87,7 +87,7 @@ def ours(scene: Scene, renormalize: bool) -> torch.Tensor:
     candidates_NC = candidate_ids(scene.student_ids_NK, written_N, EOS)
     same_NCK = candidates_NC[:, :, None] == scene.teacher_ids_NK[:, None]
     candidate_logprobs_NC = torch.where(same_NCK, scene.teacher_logprobs_NK[:, None], NO_MASS).amax(-1)
-    zeros_N = torch.zeros(len(written_N))
+    zeros_N = torch.zeros(len(written_N), device=written_N.device)
     teacher = {
         "topk_ids_BTK": scene.teacher_ids_NK, "topk_logprobs_BTK": scene.teacher_logprobs_NK,
         "candidate_logprobs_BTC": candidate_logprobs_NC, "tail_logprob_BT": zeros_N + NO_MASS,

@@ -10,13 +10,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Row:
-    """Ours against another side: median seconds, other_s / ours_s, and megabytes (1e6 bytes; None: not measured)."""
+    """Ours against another side: median seconds, other_s / ours_s, and megabytes (1e6 bytes). None: not measured."""
 
     case: str
-    ours_s: float
+    ours_s: float | None
     other: str
-    other_s: float
-    ratio: float
+    other_s: float | None
+    ratio: float | None
     ours_mb: float | None = None
     other_mb: float | None = None
 
@@ -28,7 +28,8 @@ def print_rows(rows: Sequence[Row], notes: Mapping[str, str] | None = None) -> N
     print("|---|---|---|---|---|---|---|" + ("---|" if notes else ""))
     for row in rows:
         megabytes = ["" if mb is None else f"{mb:,.0f}" for mb in (row.ours_mb, row.other_mb)]
-        cells = [row.case, f"{row.ours_s:.2f}", row.other, f"{row.other_s:.2f}", f"{row.ratio:.2f}", *megabytes]
+        ours_s, other_s, ratio = ("" if x is None else f"{x:.3g}" for x in (row.ours_s, row.other_s, row.ratio))
+        cells = [row.case, ours_s, row.other, other_s, ratio, *megabytes]
         print("| " + " | ".join([*cells, notes[row.case]] if notes else cells) + " |")
 
 

@@ -37,6 +37,7 @@ class PhaseTimer:
         self._totals = dict(before or {})
         self._step: dict[str, float] = {}
         self._start = time.perf_counter() - self._totals.pop("total", 0.0)
+        self._step_began = time.perf_counter()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -49,9 +50,12 @@ class PhaseTimer:
             self._step[phase] = self._step.get(phase, 0.0) + elapsed
 
     def take_step(self) -> dict[str, float]:
-        """`{"time/<phase>": seconds}` since the last call, for the step's metrics."""
-        taken = {f"time/{phase}": seconds for phase, seconds in self._step.items()}
-        self._step = {}
+        """`{"time/<phase>": seconds}` since the last call, for the step's metrics; `time/step` is all the time since then."""
+        now = time.perf_counter()
+        taken = {f"time/{phase}": seconds for phase, seconds in self._step.items()} | {
+            "time/step": now - self._step_began
+        }
+        self._step, self._step_began = {}, now
         return taken
 
     def seconds(self) -> dict[str, float]:

@@ -25,7 +25,7 @@ from opd.saving import Saver
 from opd.schedule import RolloutLine, ScoredRollout
 from opd.schema import FROZEN_KEYS, Config
 from opd.seed import fresh_student
-from opd.step_metrics import opd_metrics, sft_metrics, start_seconds
+from opd.step_metrics import opd_metrics, overhead_seconds, sft_metrics, start_seconds
 from opd.survival import Stopped, StopSignal
 from opd.tables import print_table
 from opd.teacher_data import TeacherData
@@ -240,6 +240,7 @@ class Run:
         metrics["data/bad_audio"] = self.state["bad_audio"]
         metrics |= {f"data/share/{name}": share for name, share in self.data.feed.shares().items()}
         metrics |= self.timer.take_step()
+        metrics["time/overhead"] = overhead_seconds(metrics, self.workers.take_busy_s(), self.config.schedule)
         self.log.log_step(step, metrics)
         if "first_step" not in self.history:
             self.history["first_step"] = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Metric -> sum over the trained positions. Of the renormalised form some are not known: it does not normalise the student
@@ -63,6 +63,15 @@ def sft_metrics(sums: Mapping[str, Any]) -> dict[str, float]:
     if "ctc" in sums:
         metrics["loss/ctc"] = sums["ctc"] / positions
     return metrics
+
+
+def overhead_seconds(metrics: Mapping[str, float], busy: Sequence[float], schedule: str) -> float:
+    """What a step took beyond its workers' own work: calls, waiting in between, the driver.
+
+    busy   seconds that the student's ranks and the teacher's workers were at it; with one_step_off both at the same time
+    """
+    worked = max(busy) if schedule == "one_step_off" else sum(busy)
+    return metrics["time/step"] - metrics.get("time/gate", 0.0) - worked
 
 
 def start_seconds(since_command: float, totals: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, float]:

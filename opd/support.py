@@ -77,13 +77,16 @@ def log_rest(log_NV: torch.Tensor, ids_NU: torch.Tensor, valid_NU: torch.Tensor)
     return log_NV.masked_fill(inside_NV, FAR).logsumexp(-1).clamp(min=FAR)
 
 
-def log_tail(logprobs_NV: torch.Tensor, ids_NU: torch.Tensor, valid_NU: torch.Tensor) -> torch.Tensor:
-    """Log of the mass outside the support, never below TAIL_FLOOR: (N,), differentiable.
+def log_tail(probs_NV: torch.Tensor, ids_NU: torch.Tensor, valid_NU: torch.Tensor) -> torch.Tensor:
+    """Log of the mass outside the support, never below TAIL_FLOOR: (N,). Takes that of the support out of `probs_NV`.
 
-    logprobs_NV is normalised. The sum runs over the ids outside, as 1 - (mass inside) loses a small tail to rounding:
-    in float32 everything below 1e-7.
+    The sum runs over the ids outside, as 1 - (mass inside) loses a small tail to rounding: in float32 everything below
+    1e-7.
     """
-    return log_rest(logprobs_NV, ids_NU, valid_NU).clamp(min=TAIL_FLOOR)
+    inside_NU = probs_NV.gather(-1, ids_NU).masked_fill_(~valid_NU, 0.0)
+    # Adding: the id of an entry that is not valid may belong to a valid entry of the same row.
+    outside_NV = probs_NV.scatter_add_(-1, ids_NU, -inside_NU)
+    return outside_NV.sum(-1).log().clamp(min=TAIL_FLOOR)
 
 
 @torch.no_grad()
@@ -132,31 +135,30 @@ def _score_rows(
 ) -> dict[str, torch.Tensor]:
     """`score_support` of one chunk of positions."""
     dtype = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
-    logprobs_NV = (logits_NV.to(dtype) / temperature).log_softmax(-1)
+    scaled_NV = logits_NV.to(dtype)
+    logprobs_NV = (scaled_NV if temperature == 1 else scaled_NV / temperature).log_softmax(-1)
     candidates_NC = to_teacher_V[candidate_ids_NC]
     mapped_NC = candidates_NC >= 0
     candidate_logprobs_NC = logprobs_NV.gather(-1, candidates_NC.clamp(min=0)).masked_fill(~mapped_NC, float("-inf"))
     topk_logprobs_NK, topk_NK = logprobs_NV.topk(min(top_k, logprobs_NV.shape[-1]), dim=-1)
     # With few allowed ids the top-k reaches into the blocked ones.
     topk_ids_NK = to_student_V[topk_NK].masked_fill(topk_logprobs_NK == float("-inf"), -1)
-    unmapped_V = to_student_V < 0
-    if full:
-        outside_NV = logprobs_NV.masked_fill(~unmapped_V, FAR)
-        tail_logprob_N = outside_NV.logsumexp(-1).clamp(min=TAIL_FLOOR)
-    else:
-        columns = narrow_support(support, candidates_NC, topk_NK.masked_fill(topk_ids_NK < 0, -1))
-        mapped = mapped_NC[:, -columns[0].shape[1] :]
-        tail_logprob_N = log_tail(logprobs_NV, *union_support(*columns, mapped))
-    probs_NV = logprobs_NV.exp()
     fields = {
         "topk_ids_BTK": topk_ids_NK,
         "topk_logprobs_BTK": topk_logprobs_NK,
         "candidate_logprobs_BTC": candidate_logprobs_NC,
-        "tail_logprob_BT": tail_logprob_N,
-        "unmapped_mass_BT": probs_NV @ unmapped_V.to(dtype),
-        "entropy_BT": torch.special.entr(probs_NV).sum(-1),
     }
     if full:
         full_NV = logprobs_NV[:, to_teacher_V.clamp(min=0)]
         fields["full_logprobs_BTV"] = full_NV.masked_fill(to_teacher_V < 0, float("-inf"))
+    probs_NV = logprobs_NV.exp()
+    fields["unmapped_mass_BT"] = probs_NV @ (to_student_V < 0).to(dtype)
+    # A product of matrices needs no third (N, V); 0 times the clamped logarithm is 0.
+    fields["entropy_BT"] = -torch.bmm(probs_NV[:, None], logprobs_NV.clamp_(min=FAR)[..., None])[:, 0, 0]
+    if full:
+        fields["tail_logprob_BT"] = fields["unmapped_mass_BT"].log().clamp(min=TAIL_FLOOR)
+    else:
+        columns = narrow_support(support, candidates_NC, topk_NK.masked_fill(topk_ids_NK < 0, -1))
+        mapped_NC = mapped_NC[:, -columns[0].shape[1] :]
+        fields["tail_logprob_BT"] = log_tail(probs_NV, *union_support(*columns, mapped_NC))
     return fields

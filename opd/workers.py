@@ -81,6 +81,10 @@ class Workers:
         transcripts = self.teacher.transcribe(utterances)
         return [None if transcript.error is not None else transcript.text for transcript in transcripts]
 
+    def take_busy_s(self) -> list[float]:
+        """Seconds that student and teacher, as far as they run, worked on steps since this was last asked."""
+        return [group.take_busy_s() for group in (self.student, self.teacher) if group is not None]
+
     # -- clocks ------------------------------------------------------------------------------------------------------
 
     def start_clocks(self) -> None:

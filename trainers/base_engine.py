@@ -19,6 +19,7 @@ from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine.base import BaseEngine
 
 from opd.arkasr import load_model
+from opd.rollout.graphs import GraphSteps
 from opd.rollout.steps import DecoderSteps, can_step
 from opd.schema import Config, OptimConfig
 from opd.types import DTYPES
@@ -113,6 +114,7 @@ class StudentEngine(BaseEngine):
         self.config = config
         self.path = path
         self.mode: str | None = None
+        self._graph_steps: GraphSteps | None = None
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
 
     # -- building --------------------------------------------------------------------------------------------------
@@ -262,10 +264,15 @@ class StudentEngine(BaseEngine):
         assert mask_BE is not None, "the encoder was given a mask"
         return {"encoded_BED": encoded_BED, "encoded_mask_BE": mask_BE}
 
-    def decoder_steps(self) -> DecoderSteps | None:
+    def decoder_steps(self) -> DecoderSteps | GraphSteps | None:
         """What computes the later forwards of a rollout in less time; None where only the modules can. In generation_mode."""
         model = self.module.model
-        return DecoderSteps(model) if can_step(model) else None
+        if not can_step(model):
+            return None
+        if get_device_name() != "cuda":
+            return DecoderSteps(model)
+        self._graph_steps = GraphSteps(model) if self._graph_steps is None else self._graph_steps.bind(model)
+        return self._graph_steps
 
     # -- state -----------------------------------------------------------------------------------------------------
 

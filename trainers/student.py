@@ -52,6 +52,7 @@ class Student:
 
     def __init__(self, config: Config, path: str) -> None:
         self.config = config
+        self._busy_s = 0.0
         worker = RayClassWithInitArgs(cls=ray.remote(StudentWorker), config=config.to_dict(), path=path)
         worker.update_options({"num_cpus": config.cluster.cpus_per_rank})
         self.pool = StudentPool(config.cluster)
@@ -91,6 +92,7 @@ class Student:
         drafts_of = self._shards([None] * len(batch) if drafts is None else drafts)
         calls = self.group.generate(shards, [step] * len(shards), drafts_of)
         results = self._call(calls, f"the rollout of step {step}")
+        self._busy_s += max(result["busy_s"] for result in results)
         return RolloutRefs(
             shards=shards,
             micro_batches=[
@@ -117,7 +119,7 @@ class Student:
 
     def _update(self, refs: list[Any], ids: list[str], step: int) -> list[Any]:
         try:
-            return self._call(refs, f"the update of step {step}")
+            results = self._call(refs, f"the update of step {step}")
         except WorkerError as error:
             if error.kind != "NonFiniteError":
                 raise
@@ -126,6 +128,14 @@ class Student:
                 f"utterances of the batch: {', '.join(ids)}",
                 error.kind,
             ) from error
+        # The ranks end together, so the one that began last has not waited for the others to begin.
+        self._busy_s += min(result["busy_s"] for result in results)
+        return results
+
+    def take_busy_s(self) -> float:
+        """Seconds that the ranks worked on rollouts and updates since this was last asked: of each call, the longest rank's."""
+        busy_s, self._busy_s = self._busy_s, 0.0
+        return busy_s
 
     def transcribe(self, utterances: Batch) -> list[str | None]:
         """Greedy transcripts in order; None for bad audio that is skipped."""

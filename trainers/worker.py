@@ -114,8 +114,9 @@ class StudentWorker(Worker):
 
         drafts: a text that the response may be like, or None; how much it is decides how many forwards are needed.
 
-        Returns references to micro-batches of the rollout, the texts, and what audio was bad.
+        Returns references to micro-batches of the rollout, the texts, what audio was bad, and the seconds it took.
         """
+        began = time.perf_counter()
         inputs, bad = self._prompts(shard)
         config = self.config.rollout
         if config.source == "manifest":
@@ -129,10 +130,13 @@ class StudentWorker(Worker):
         micro_rows = micro_batch_rows(lengths_B.tolist(), self.config.train)
         self._kept.append(([u.id for u in shard], inputs, micro_rows))
         parts = split(rollout, micro_rows)
+        texts = self._texts(rollout)
+        busy_s = time.perf_counter() - began  # what follows hands the rollout over
         return {
             "micro_rows": micro_rows,
             "refs": [ray.put(part.to_dict()) for part in parts],
-            "texts": self._texts(rollout),
+            "texts": texts,
+            "busy_s": busy_s,
             "bad": [(error.utterance_id, error.path, error.reason) for error in bad],
             "waited_s": self.loader.take_waited_s(),
             "sums": {
@@ -211,7 +215,8 @@ class StudentWorker(Worker):
         assert ids == [u.id for u in shard], "rollouts are trained in the order in which they were made"
         micros = []
         limit = self.config.cluster.call_timeout_s
-        parts = zip(ray.get(rollouts, timeout=limit), ray.get(scores, timeout=limit), strict=True)
+        parts = list(zip(ray.get(rollouts, timeout=limit), ray.get(scores, timeout=limit), strict=True))
+        began = time.perf_counter()
         for rows, (rollout, score) in zip(micro_rows, parts, strict=True):
             micros.append(
                 opd_micro_batch(
@@ -223,11 +228,12 @@ class StudentWorker(Worker):
                     self.device,
                 )  # fmt: skip
             )
-        return self._step(micros, opd_objective(self.config.loss, self.blocked_V, self.eos_id))
+        return self._step(micros, opd_objective(self.config.loss, self.blocked_V, self.eos_id), began)
 
     @register(dispatch_mode=Dispatch.ALL_TO_ALL, blocking=False)
     def update_sft(self, shard: Batch) -> dict[str, Any]:
         """One optimizer step on the references of the shard."""
+        began = time.perf_counter()
         inputs, bad = self._prompts(shard)
         bad_ids = {error.utterance_id for error in bad}
         ids = [response_ids(None if u.id in bad_ids else u.text, self.processor.tokenizer) for u in shard]
@@ -236,14 +242,16 @@ class StudentWorker(Worker):
             [int(n) + len(row) for n, row in zip(lengths, ids, strict=True)], self.config.train
         )
         micros = [sft_micro_batch(inputs, rows, [ids[row] for row in rows], self.pad_id) for rows in micro_rows]
-        metrics: dict[str, Any] = self._step(micros, sft_objective(self.config.loss, self.blocked_V, self.pad_id))
+        objective = sft_objective(self.config.loss, self.blocked_V, self.pad_id)
+        metrics: dict[str, Any] = self._step(micros, objective, began)
         metrics["bad"] = [(error.utterance_id, error.path, error.reason) for error in bad]
         metrics["waited_s"] = self.loader.take_waited_s()
         return metrics
 
-    def _step(self, micros: list[MicroBatch], objective: Any) -> dict[str, float]:
+    def _step(self, micros: list[MicroBatch], objective: Any, began: float) -> dict[str, float]:
         with self.engine.train_mode():
-            return self.engine.train_batch(micros, objective)
+            totals = self.engine.train_batch(micros, objective)
+        return totals | {"busy_s": time.perf_counter() - began}
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     def cpu_seconds(self) -> float:

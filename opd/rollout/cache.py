@@ -15,21 +15,40 @@ class _Writes:
         self.flat: torch.Tensor | None = None  # (R * W,) places in the flattened buffers; None: all rows from `first`
 
 
+class KeyStore:
+    """Memory for the keys and values of one rollout after the other, which stays where it is.
+
+    layers   of each decoder layer (keys, values), (num_rows, capacity, H, D) each; made when the first rollout writes
+    """
+
+    def __init__(self, num_rows: int, capacity: int) -> None:
+        self.num_rows, self.capacity = num_rows, capacity
+        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def of_layer(self, index: int, states: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
+        """Buffers of a layer for as many rows as the states (R, H, W, D) have."""
+        if len(self.layers) == index:
+            # Zeros: a masked slot has weight 0, and 0 times what stood in fresh memory could be NaN.
+            keys, values = (s.new_zeros(self.num_rows, self.capacity, s.shape[1], s.shape[3]) for s in states)
+            self.layers.append((keys, values))
+        return [buffer[: states[0].shape[0]] for buffer in self.layers[index]]
+
+
 class _RowLayer(CacheLayerMixin):
     """One layer's buffers. They are kept as (R, capacity, H, D), so that what a token adds lies together."""
 
     is_sliding = False
 
-    def __init__(self, writes: _Writes) -> None:
+    def __init__(self, writes: _Writes, store: KeyStore | None, index: int) -> None:
         super().__init__()
-        self.writes = writes
+        self.writes, self.store, self.index = writes, store, index
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        rows, heads, _, width = key_states.shape
-        # Zeros: a masked slot has weight 0, and 0 times what stood in fresh memory could be NaN.
-        self.keys = key_states.new_zeros(rows, self.writes.capacity, heads, width)
-        self.values = value_states.new_zeros(rows, self.writes.capacity, heads, value_states.shape[-1])
+        store, index = self.store, self.index
+        if store is None:
+            store, index = KeyStore(key_states.shape[0], self.writes.capacity), 0
+        self.keys, self.values = store.of_layer(index, (key_states, value_states))
         self.is_initialized = True
 
     def update(
@@ -55,7 +74,9 @@ class _RowLayer(CacheLayerMixin):
             setattr(self, name, new)
 
     def keep(self, rows: torch.Tensor) -> None:
-        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+        for name in ("keys", "values"):
+            kept = getattr(self, name).index_select(0, rows)
+            setattr(self, name, kept if self.store is None else getattr(self, name)[: len(rows)].copy_(kept))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.writes.first + query_length, 0
@@ -74,22 +95,23 @@ class RowCache(Cache):
     position in the response. What a rejected token left behind is hidden by the caller's mask and written over later.
     """
 
-    def __init__(self, capacity: int) -> None:
-        """capacity: slots of a row to begin with; it grows when they are used up."""
+    def __init__(self, capacity: int, store: KeyStore | None = None) -> None:
+        """capacity: slots of a row to begin with; it grows when they are used up, but not in a store."""
         super().__init__(layers=[])
-        self.writes = _Writes(capacity)
+        self.writes, self.store = _Writes(capacity), store
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         while len(self.layers) <= layer_idx:
-            self.layers.append(_RowLayer(self.writes))
+            self.layers.append(_RowLayer(self.writes, self.store, len(self.layers)))
         return self.layers[layer_idx].update(key_states, value_states)
 
     def place(self, first: int, end: int, slots_RW: torch.Tensor | None = None) -> None:
         """The next forward writes into the slots `slots_RW` (R, W), all in [first, end); None: every row into all of them."""
         writes = self.writes
         if end > writes.capacity:
+            assert self.store is None, "a store was made with too few slots"
             writes.capacity = end + max(16, writes.capacity // 4)
             for layer in self.layers:
                 layer.grow(writes.capacity)

@@ -22,6 +22,7 @@ from torch.nn import functional
 from opd.rollout.cache import RowCache
 from opd.rollout.decode import loop_starts, pick
 from opd.rollout.drafts import MAX_WIDTH, Drafts
+from opd.rollout.graphs import GraphSteps
 from opd.types import Rollout
 
 PICK_CHUNK = 128  # positions sampled at a time: each takes a float64 row over the vocabulary
@@ -77,7 +78,8 @@ def speculate(
 ) -> tuple[Rollout, RolloutCounts]:
     """Writes a response to each prompt: the same as `decode.decode`, whose arguments it shares, in fewer forwards.
 
-    steps         computes what `forward` does after the prompt, in less time (see `steps.DecoderSteps`); None: `forward`
+    steps         computes what `forward` does after the prompt, in less time (see `steps.DecoderSteps`, and for CUDA
+                  `graphs.GraphSteps`); None: `forward`
     drafts        what each response may look like, ids without EOS; None where there is nothing to go by
     forward_cost  fixed cost of a forward in tokens (see `forward_cost`); a large one asks for longer drafts
     any_left      for forwards that are collectives: called before each round with whether this rank has rows left, it
@@ -204,7 +206,7 @@ class _Writing:
         width, draft_RW = self._drafted()
         ids_RW = self._to_device(np.maximum(draft_RW[:, :width], 0))
         mask_BP = self.inputs["attention_mask"]
-        self.cache = RowCache(self.prompt_length + min(self.max_new_tokens, max(32, 2 * width)))
+        self.cache = self._new_cache(width)
         self.cache.place(0, self.prompt_length + width)
         self.padding_R = mask_BP.argmax(1)  # slots before a row's first real token
         out = self.forward(
@@ -219,6 +221,13 @@ class _Writing:
         )
         self._set_hidden()
         self._accept(out.logits, draft_RW)
+
+    def _new_cache(self, width: int) -> RowCache:
+        if isinstance(self.steps, GraphSteps):
+            # A row that is done runs along: its tokens may come to lie behind the last slot that it could write.
+            most = self.prompt_length + self.max_new_tokens + MAX_WIDTH
+            return self.steps.new_cache(len(self.rows_R), most)
+        return RowCache(self.prompt_length + min(self.max_new_tokens, max(32, 2 * width)))
 
     def round(self) -> None:
         """The last token of each row and what its draft says next, in one forward."""

@@ -46,6 +46,13 @@ class DecoderSteps:
         self.rotary = decoder.rotary_emb
         self.cos_LD = self.sin_LD = self.norm.new_zeros(0, self.head_dim)
 
+    def addresses(self) -> list[int]:
+        """Where the weights are in memory: the same list, the same tensors."""
+        tensors = [self.embedding, self.norm, self.head]
+        for norms, projections, out_weight, mlp_weights in self.layers:
+            tensors += [*norms, *(t for pair in projections for t in pair if t is not None), out_weight, *mlp_weights]
+        return [tensor.data_ptr() for tensor in tensors]
+
     def __call__(
         self,
         input_ids: torch.Tensor,
@@ -53,11 +60,13 @@ class DecoderSteps:
         position_ids: torch.Tensor,
         past_key_values: RowCache,
         use_cache: bool = True,
+        out_NV: torch.Tensor | None = None,
     ) -> Any:
         """Logits (R, W, V) as `.logits`.
 
         input_ids, position_ids  (R, W)
         attention_mask           (R, 1, W, end) additive, over the slots that the cache will return
+        out_NV                   (R * W, V), where the logits are written; None: into memory of their own
         """
         rows, width = input_ids.shape
         x_ND = functional.embedding(input_ids.flatten(), self.embedding)
@@ -72,7 +81,7 @@ class DecoderSteps:
             y_ND = self._norm(x_ND, norms[1])
             gate = self.activation(functional.linear(y_ND, gate_weight))
             x_ND = torch.addmm(x_ND, gate.mul_(functional.linear(y_ND, up_weight)), down_weight)
-        logits_NV = functional.linear(self._norm(x_ND, self.norm), self.head)
+        logits_NV = torch.mm(self._norm(x_ND, self.norm), self.head.t(), out=out_NV)
         return SimpleNamespace(logits=logits_NV.view(rows, width, -1))
 
     def _norm(self, x_ND: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

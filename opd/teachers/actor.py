@@ -48,6 +48,7 @@ class TeacherGroup:
         self.config = config
         self.router = Router(config)
         self.counts = dict(NO_COUNTS)
+        self._busy_s = 0.0
         self.pools: dict[str, list[Any]] = {}
         self._ready: dict[str, list[Any]] = {}
         self._facts: dict[str, list[dict[str, Any]]] = {}
@@ -134,6 +135,7 @@ class TeacherGroup:
     def coverage(self, counts: dict[str, list[Any]], step: int) -> float:
         """Waits for all scores of a step; adds up their counts (see `PendingScores.wait`)."""
         self.counts = dict(NO_COUNTS)
+        busy_s = 0.0
         for name, refs in counts.items():
             names = self._names(name)
             done = wait(
@@ -142,6 +144,10 @@ class TeacherGroup:
                 self.config.cluster.call_timeout_s,
                 [names[turn] for turn, _ in refs],
             )
+            worked = dict.fromkeys(range(len(names)), 0.0)
+            for (turn, _), part in zip(refs, done, strict=True):
+                worked[turn] += part["busy_s"]
+            busy_s = max(busy_s, *worked.values())
             totals = {key: sum(part[key] for part in done) for key in NO_COUNTS}
             coverage = totals["aligned"] / max(1, totals["positions"])
             limit = self.router.teachers[name].min_coverage
@@ -152,7 +158,13 @@ class TeacherGroup:
                     f"{key}={limit:g}: choose a teacher with a closer tokenizer or lower the limit"
                 )
             self.counts = {key: self.counts[key] + totals[key] for key in totals}
+        self._busy_s += busy_s
         return self.counts["aligned"] / max(1, self.counts["positions"])
+
+    def take_busy_s(self) -> float:
+        """Seconds of scoring since this was last asked: of each step, the longest worker's."""
+        busy_s, self._busy_s = self._busy_s, 0.0
+        return busy_s
 
     def transcribe(self, utterances: Batch) -> list[TeacherTranscript]:
         """The teachers' transcripts, in order."""

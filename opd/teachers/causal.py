@@ -23,7 +23,8 @@ from opd.types import DTYPES, Batch, Rollout, TeacherScore, TeacherTranscript
 from opd.vocab import blocked_mask
 
 Inputs = dict[str, torch.Tensor]
-CHUNK_SIZE = 256  # positions whose logits are held at a time
+CHUNK_SIZE = 256  # most positions whose logits are held at a time
+CHUNK_LOGITS = 1 << 24  # most logits, 64 MB in float32
 
 
 class CausalTeacher(ABC):
@@ -139,6 +140,7 @@ class CausalTeacher(ABC):
         position_N = position_BT[row_N, column_N].to(self.device)
         row_N, candidates_NC = row_N.to(self.device), candidates_NC.to(self.device)
         loss = self.config["loss"]
+        size = min(CHUNK_SIZE, max(1, CHUNK_LOGITS // len(self.blocked_V)))
         parts = [
             score_support(
                 self._allowed(to_logits(states_BLD[row_N[chunk], position_N[chunk]])),
@@ -149,19 +151,17 @@ class CausalTeacher(ABC):
                 support=loss["support"],
                 full=loss["kind"] == "full_kl",
             )
-            for start in range(0, max(1, len(row_N)), CHUNK_SIZE)
-            for chunk in [slice(start, start + CHUNK_SIZE)]
+            for start in range(0, max(1, len(row_N)), size)
+            for chunk in [slice(start, start + size)]
         ]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _allowed(self, logits_NV: torch.Tensor) -> torch.Tensor:
-        """Logits over what may be written, at least in float32: control tokens are -inf, all ends are one."""
+        """Logits over what may be written, at least in float32: control tokens are -inf, all ends are one. May be in place."""
         logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
         if len(self.ends) > 1:
-            end_N = logits_NV[..., self.ends].logsumexp(-1)
-            logits_NV = logits_NV.clone()
-            logits_NV[..., self.eos_id] = end_N
-        return logits_NV.masked_fill(self.blocked_V, float("-inf"))
+            logits_NV[..., self.eos_id] = logits_NV[..., self.ends].logsumexp(-1)
+        return logits_NV.masked_fill_(self.blocked_V, float("-inf"))
 
     def forward(self, **inputs: Any) -> Any:
         """The model's forward, with positions counted from each row's first real token (a prompt is padded on the left)."""

@@ -77,14 +77,16 @@ class TeacherWorker:
 
     def score(
         self, utterances: Batch, rollout: Tensors, rows: list[int] | None = None
-    ) -> tuple[Tensors, dict[str, int]]:
-        """The score, which goes on to the student, and a few counts, which go to the driver.
+    ) -> tuple[Tensors, dict[str, float]]:
+        """The score, which goes on to the student, and a few counts and the seconds it took, which go to the driver.
 
         rows are those of the rollout that the utterances are; None for all.
         """
+        began = time.perf_counter()
         if rows is not None:
             rollout = {name: tensor[rows] for name, tensor in rollout.items()}
-        return halved_once(self.teacher.score_and_count, utterances, rollout)
+        score, counts = halved_once(self.teacher.score_and_count, utterances, rollout)
+        return score, {**counts, "busy_s": time.perf_counter() - began}
 
     def merge(self, rows: list[list[int]], *scores: Tensors) -> Tensors:
         """Scores of some rows each -> the score of all rows in their order."""
