@@ -168,7 +168,7 @@ def mixed_sources(speech: dict[str, Path], folder: Path) -> dict[str, dict]:
 
 
 def run_with_two_batch_sizes(speech: dict[str, Path], run_dir: Path, env: dict[str, str]) -> Result:
-    """Sources of every kind, in batches of 8 up to step 4 and of 12 for two more steps."""
+    """Sources of every kind, in batches of 8 on one rank up to step 4, and of 12 on two ranks for two more steps."""
     sources = mixed_sources(speech, run_dir.with_name("sources"))
     options = ["data.train_manifest=null", f"data.train_manifests={json.dumps(sources)}", "data.log_batches=true"]
     arguments = command(speech, run_dir, *options, NO_EVAL, *ONE_RANK)
@@ -176,7 +176,7 @@ def run_with_two_batch_sizes(speech: dict[str, Path], run_dir: Path, env: dict[s
     assert result.returncode == 0, result.stderr[-3000:]
     shutil.rmtree(run_dir / "checkpoints" / "step-000006")  # as if it had been stopped before
     (run_dir / "summary.json").unlink()
-    return run([*arguments, "train.batch_size=12"], env)
+    return run([*arguments, "train.batch_size=12", "cluster.ranks_per_node=2"], env)
 
 
 def submit(arguments: list[str], cluster: dict[str, str]) -> Result:
@@ -343,7 +343,7 @@ def test_sft_starts_from_nothing_and_export_runs_again(jobs: dict[str, Future], 
     assert not any(name.startswith("ctc_head") for name in first)
 
 
-def test_another_batch_size_goes_on_with_the_next_utterance(
+def test_another_batch_size_and_number_of_ranks_go_on_with_the_next_utterance(
     jobs: dict[str, Future], folder: Path, speech: dict[str, Path]
 ) -> None:
     """From the ids that the run logged: none is skipped or repeated, in any of its sources."""
