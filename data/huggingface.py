@@ -22,6 +22,7 @@ from urllib.parse import parse_qsl, urlencode
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 
 from data.import_columns import Columns
 from data.import_huggingface import open_data, plain_values
@@ -133,18 +134,20 @@ class HuggingFaceRows(Sequence[Utterance]):
         facts = Facts(num_utterances=len(self))
         first_of_language: dict[Any, int] = {} if "language" in names else {None: 0}
         hashes = array("q")
-        for start in range(0, len(self) if names else 0, _BATCH):
-            rows = self._data.select_columns(list(names.values()))[start : start + _BATCH]
+        tables = self._data.select_columns(list(names.values())).with_format("arrow").iter(_BATCH) if names else ()
+        for number, table in enumerate(tables):
+            start = number * _BATCH
             if "id" in names:
-                hashes.extend(hash(str(value)) for value in rows[names["id"]])
-            for position, language in enumerate(rows.get(names.get("language"), []), start=start):
-                first_of_language.setdefault(language, position)
-            for position, text in enumerate(rows.get(names.get("text"), []), start=start):
-                facts.num_texts += text is not None
-                if require_text and not (text and str(text).strip()):
-                    raise ValueError(
-                        f"{self}:row {position}: this set needs a transcript: its `{names['text']}` is empty"
-                    )
+                hashes.extend(map(hash, map(str, table[names["id"]].to_pylist())))
+            if "language" in names:
+                for language, row in _first_rows(table[names["language"]]):
+                    first_of_language.setdefault(language, start + row)
+            if "text" in names:
+                facts.num_texts += len(table) - table[names["text"]].null_count
+                blank = _first_without_words(table[names["text"]]) if require_text else None
+                if blank is not None:
+                    where = f"{self}:row {start + blank}"
+                    raise ValueError(f"{where}: this set needs a transcript: its `{names['text']}` is empty")
         if require_text and "text" not in names:
             raise ValueError(f"{self}: this set needs transcripts: name the column with text=COLUMN")
         self._check_ids(np.frombuffer(hashes, np.int64))
@@ -162,6 +165,19 @@ class HuggingFaceRows(Sequence[Utterance]):
                     "column with id=COLUMN, or number the rows with id= (and no name)"
                 )
             first[utterance_id] = position
+
+
+def _first_rows(values: Any) -> list[tuple[Any, int]]:
+    """(value, first row with it) of each value of an arrow column; None is one."""
+    rows = ((v, pc.index(values, v) if v.is_valid else pc.index(pc.is_null(values), True)) for v in values.unique())
+    return [(value.as_py(), row.as_py()) for value, row in rows]
+
+
+def _first_without_words(texts: Any) -> int | None:
+    """Row of the first text (of an arrow column) that is missing or blank."""
+    blank = pc.equal(pc.binary_length(pc.utf8_trim_whitespace(texts.cast("string"))), 0)
+    row = pc.index(pc.fill_null(blank, True), True).as_py()
+    return row if row >= 0 else None
 
 
 class RowConverter:

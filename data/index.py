@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from array import array
@@ -29,6 +30,7 @@ from opd.types import Utterance
 
 INDEX_ABOVE_BYTES = 64 << 20  # a smaller manifest is read whole; it is there at once, and its folder stays as it is
 _VERSION = 1
+logger = logging.getLogger(__name__)
 _LONGEST_TIME = 1e9
 _READ_SIZE = 1 << 12  # bytes: most lines are shorter
 
@@ -169,6 +171,11 @@ def _index_folder(path: Path) -> Path:
 
 def _build(path: Path, folder: Path) -> str:
     """Fills the folder of an index. Memory: 24 bytes a line, 4 more where lines have a `duration`."""
+    size = path.stat().st_size
+    if size > INDEX_ABOVE_BYTES:
+        logger.info(
+            "%s: an index of its %.1f GB is built, once; that takes about a minute for each 3 GB", path, size / 1e9
+        )
     offsets, seconds, hashes = array("q"), array("f"), array("q")
     facts = Facts()
     first_of_language: dict[str | None, int] = {}

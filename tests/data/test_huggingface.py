@@ -138,6 +138,21 @@ def test_bad_rows_are_named_when_the_set_is_opened(tmp_path: Path, changed: dict
     assert message in str(error.value)
 
 
+def test_languages_and_texts_are_counted_over_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.huggingface._BATCH", 3)
+    languages = ["en", "en", None, "nl", None, "fr", "en", "fr"]
+    texts = ["a", None, "", "b", "c", None, "d", "e"]
+    typed(rows(8, locale=languages, sentence=texts)).save_to_disk(str(tmp_path / "set"))
+    data = HuggingFaceRows(f"hf:{tmp_path / 'set'}")
+    assert data.facts.languages == [("en", 0), (None, 2), ("nl", 3), ("fr", 5)]
+    assert data.facts.num_texts == 6
+    for number, text in enumerate((None, "\u3000 \n")):
+        folder = tmp_path / f"other{number}"
+        typed(rows(8, sentence=["a"] * 7 + [text])).save_to_disk(str(folder))
+        with pytest.raises(ValueError, match=":row 7: this set needs a transcript: its `sentence` is empty"):
+            HuggingFaceRows(f"hf:{folder}", require_text=True)
+
+
 def test_a_row_without_sound_is_bad_audio(tmp_path: Path) -> None:
     sounds = [{"bytes": b"no sound", "path": None}, {"bytes": None, "path": None}]
     datasets.Dataset.from_dict({"audio": sounds}).save_to_disk(str(tmp_path / "set"))
