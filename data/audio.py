@@ -8,6 +8,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from data.sound import open_sound, shown
 from opd.types import Utterance
 
 SAMPLING_RATE = 16_000
@@ -73,7 +74,7 @@ def audio_seconds(utterance: Utterance) -> float:
 def audio_info(utterance: Utterance) -> AudioInfo:
     """What the file's header alone says. Raises BadAudio."""
     try:
-        with soundfile.SoundFile(utterance.audio) as file:
+        with soundfile.SoundFile(open_sound(utterance.audio)) as file:
             first, last = _bounds(utterance, file)
             return AudioInfo((last - first) / file.samplerate, file.samplerate, file.channels)
     except _READ_ERRORS as error:
@@ -83,7 +84,7 @@ def audio_info(utterance: Utterance) -> AudioInfo:
 def _read_segment(utterance: Utterance, max_seconds: float | None) -> tuple[np.ndarray, int]:
     """(float32 [samples, channels] at the file's own rate, that rate)."""
     try:
-        with soundfile.SoundFile(utterance.audio) as file:
+        with soundfile.SoundFile(open_sound(utterance.audio)) as file:
             first, last = _bounds(utterance, file)
             seconds = (last - first) / file.samplerate
             if max_seconds is not None and seconds > max_seconds:  # asked of the header, before an hour is decoded
@@ -116,7 +117,7 @@ def _bounds(utterance: Utterance, file: soundfile.SoundFile) -> tuple[int, int]:
 
 
 def _bad(utterance: Utterance, reason: str, kind: str = "unreadable_audio") -> BadAudio:
-    return BadAudio(utterance.id, utterance.audio, reason, kind)
+    return BadAudio(utterance.id, shown(utterance.audio), reason, kind)
 
 
 def _as_bad(utterance: Utterance, error: Exception) -> BadAudio:
@@ -124,8 +125,9 @@ def _as_bad(utterance: Utterance, error: Exception) -> BadAudio:
         return error
     reason, kind = str(error), "unreadable_audio"
     try:
-        with open(utterance.audio, "rb") as file:  # libsndfile says "System error." for a file that is not there
-            if not file.read(1):
+        sound = open_sound(utterance.audio)
+        with open(sound, "rb") if isinstance(sound, str) else sound as file:
+            if not file.read(1):  # libsndfile says "System error." for a file that is not there
                 return _bad(utterance, "is empty: remove it", "empty_audio")
     except (OSError, ValueError) as open_error:
         reason = getattr(open_error, "strerror", None) or str(open_error)

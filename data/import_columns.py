@@ -74,6 +74,10 @@ class Columns:
                 fields[f"source_{name}" if name in _MANIFEST_FIELDS else name] = value
         return {name: value for name, value in fields.items() if value is not None}
 
+    def find(self, names: tuple[str, ...]) -> dict[str, str]:
+        """{field: column} for a row with these columns. Raises ValueError where a column is not there."""
+        return _find(self, names)
+
     def _language(self, value: Any, where: str) -> str | None:
         value = self.language or value
         if value in (None, ""):

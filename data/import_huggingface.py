@@ -23,7 +23,24 @@ def read_huggingface(source: Path, *, split: str | None, audio: str | None) -> S
     Raises ValueError for a folder that cannot be read, and where the split or the column of audio is not clear.
     """
     datasets.disable_progress_bars()
-    data = _open(source, split)
+    # Streamed: otherwise all of it is first copied into the cache.
+    data, column = open_data(str(source), split=split, audio=audio, streaming=True)
+    total = len(data) if isinstance(data, datasets.Dataset) else None
+    name = f"{source}[{split}]" if split else str(source)
+    return Source(_rows(data, column, name), source.absolute(), total, column)
+
+
+def open_data(
+    source: str, *, split: str | None, audio: str | None, streaming: bool, subset: str | None = None
+) -> tuple[Any, str]:
+    """(data set, its column of audio): that column, not decoded, comes first, then those that hold plain values.
+
+    source      a folder that `save_to_disk` wrote (which is never streamed), a parquet file, a folder of them, or a name
+    streaming   read as it comes, without random access; else it is copied into the cache of `datasets` first
+
+    Raises ValueError as `read_huggingface` does.
+    """
+    data = _open(Path(source), split, streaming, subset)
     features = data.features
     if features is None:
         raise ValueError(f"{source}: the types of its columns are not known: save it with save_to_disk")
@@ -31,21 +48,17 @@ def read_huggingface(source: Path, *, split: str | None, audio: str | None) -> S
     if isinstance(features[column], datasets.Audio):
         data = data.cast_column(column, datasets.Audio(decode=False))
     plain = [name for name, type_ in features.items() if isinstance(type_, datasets.Value | datasets.ClassLabel)]
-    data = data.select_columns([column, *(name for name in plain if name != column)])
-    total = len(data) if isinstance(data, datasets.Dataset) else None
-    name = f"{source}[{split}]" if split else str(source)
-    return Source(_rows(data, column, name), source.absolute(), total, column)
+    return data.select_columns([column, *(name for name in plain if name != column)]), column
 
 
-def _open(source: Path, split: str | None) -> Any:
+def _open(source: Path, split: str | None, streaming: bool, subset: str | None) -> Any:
     try:
         if (source / "dataset_dict.json").is_file() or (source / "state.json").is_file():
             data = datasets.load_from_disk(str(source))
         elif source.is_file():
-            # Streamed: otherwise all of it is first copied into the cache.
-            data = datasets.load_dataset("parquet", data_files=str(source), streaming=True)
+            data = datasets.load_dataset("parquet", data_files=str(source), streaming=streaming)
         else:
-            data = datasets.load_dataset(str(source), streaming=True)
+            data = datasets.load_dataset(str(source), subset, streaming=streaming)
     except Exception as error:  # the library raises many kinds, its own and pyarrow's
         raise ValueError(f"{source}: is no Hugging Face data set that can be read ({error}): check it") from error
     if isinstance(data, dict):
@@ -55,7 +68,7 @@ def _open(source: Path, split: str | None) -> Any:
     return data
 
 
-def _audio_column(features: Any, audio: str | None, source: Path) -> str:
+def _audio_column(features: Any, audio: str | None, source: str) -> str:
     if audio:
         if audio not in features:
             raise ValueError(f"{source}: there is no column {audio!r}, only {', '.join(features)}: name one of these")
@@ -67,8 +80,13 @@ def _audio_column(features: Any, audio: str | None, source: Path) -> str:
     return (typed + usual)[0]
 
 
+def plain_values(row: dict[str, Any], features: Any) -> dict[str, Any]:
+    """A row with the names of its class labels instead of their numbers."""
+    labels = {key: type_ for key, type_ in features.items() if isinstance(type_, datasets.ClassLabel)}
+    return {key: labels[key].int2str(v) if key in labels and v is not None else v for key, v in row.items()}
+
+
 def _rows(data: Any, column: str, name: str) -> Iterator[Row]:
-    labels = {key: type_ for key, type_ in data.features.items() if isinstance(type_, datasets.ClassLabel)}
     rows = iter(data)
     for index in count():
         where = f"{name}:row {index}"
@@ -79,7 +97,7 @@ def _rows(data: Any, column: str, name: str) -> Iterator[Row]:
         if values is None:
             return
         value = values[column]
-        columns = {key: labels[key].int2str(v) if key in labels and v is not None else v for key, v in values.items()}
+        columns = plain_values(values, data.features)
         columns[column], sound = _sound(value)
         yield Row(where, columns, sound)
 

@@ -1,13 +1,14 @@
-"""Makes a manifest from a Hugging Face data set, a Kaldi data directory, a table or a NeMo manifest.
+"""Makes a manifest from a Hugging Face data set, a Kaldi data directory, a table, a NeMo manifest or WebDataset shards.
 
     python -m data.import_manifest source=PATH out=manifest.jsonl [key=value ...]
 
-    format=auto|huggingface|kaldi|table|nemo        split=train               audio_root=FOLDER   audio_dir=FOLDER
+    format=auto|huggingface|kaldi|table|nemo|webdataset      split=train      audio_root=FOLDER   audio_dir=FOLDER
     audio= text= id= begin= end= language_column=   names of columns; nothing after the sign: there is no such column
     language=de    language_check=on|off    missing=error|skip    pipes=refuse|run    overwrite=true
 
-Audio files stay where they are. Sound that is no file yet (in parquet or arrow files, behind Kaldi's commands) is
-written to `audio_dir`, and found there again when an import is repeated. `ImportOptions` says what the keys mean.
+Audio files, and those within tar files, stay where they are. Sound that is no file yet (in parquet or arrow files,
+behind Kaldi's commands) is written to `audio_dir`, and found there again when an import is repeated. `ImportOptions`
+says what the keys mean.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from data.command_line import key_values, one_of, wants_help
 from data.import_audio import AudioStore, Skipped
 from data.import_columns import Columns
 from data.import_kaldi import read_kaldi
+from data.import_shards import read_shards
 from data.import_sources import (
     FORMATS,
     Row,
@@ -38,6 +40,7 @@ from data.import_sources import (
     read_table,
 )
 from data.manifest import to_utterance, write_manifest
+from data.sound import file_of
 from opd.types import Utterance
 
 _COLUMN_KEYS = ("audio", "text", "id", "language_column", "begin", "end", "language")
@@ -135,6 +138,8 @@ def _open_source(source: Path, options: ImportOptions) -> Source:
         return read_kaldi(source, run_pipes=options.run_pipes, audio_root=audio_root)
     if format == "table":
         opened = read_table(source)
+    elif format == "webdataset":
+        opened = read_shards(source)
     elif format == "nemo":
         opened = read_json_lines(source)
     elif source.is_dir() and metadata_files(source):
@@ -196,7 +201,7 @@ def _utterance(row: Row, numbered_id: str, rows: Source, options: ImportOptions,
 def _folder_of(audio: str, root: Path, strict: bool) -> Path:
     """The folder from which the path `audio` leads to a file."""
     for folder in (root,) if strict else (root, Path.cwd()):
-        if (folder / audio).is_file():
+        if os.path.isfile(file_of(str(folder / audio)) or ""):
             return folder
     hint = "" if strict or os.path.isabs(audio) else f" from {root}; audio_root= names another folder"
     raise Skipped("audio file not found", f"{audio}{hint}")

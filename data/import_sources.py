@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from data.import_audio import AudioStore, StoredAudio
 from data.manifest import parse_line
 
-FORMATS = ("auto", "huggingface", "kaldi", "table", "nemo")
+FORMATS = ("auto", "huggingface", "kaldi", "table", "nemo", "webdataset")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _JSON_SUFFIXES = (".json", ".jsonl")
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
@@ -48,7 +48,7 @@ class Source(NamedTuple):
 
 
 def detect_format(source: Path) -> str:
-    """huggingface, kaldi, table or nemo. Raises ValueError where nothing of these is to be seen."""
+    """huggingface, kaldi, table, nemo or webdataset. Raises ValueError where nothing of these is to be seen."""
     if source.is_file():
         suffix = source.suffix.lower()
         if suffix in _DELIMITERS:
@@ -57,6 +57,8 @@ def detect_format(source: Path) -> str:
             return "nemo"
         if suffix == ".parquet":
             return "huggingface"
+        if suffix == ".tar":
+            return "webdataset"
     elif not source.is_dir():
         raise ValueError(f"source={source}: there is nothing there: check the path")
     elif (source / "wav.scp").is_file():
@@ -67,9 +69,11 @@ def detect_format(source: Path) -> str:
         or next(source.rglob("*.parquet"), None)
     ):
         return "huggingface"
+    elif next(source.glob("*.tar"), None):
+        return "webdataset"
     raise ValueError(
-        f"source={source}: neither a .csv, .tsv, .json, .jsonl or .parquet file nor a folder with wav.scp (Kaldi), "
-        "dataset_dict.json or state.json (save_to_disk), metadata.csv or metadata.jsonl (audio folder) or .parquet "
+        f"source={source}: neither a .csv, .tsv, .json, .jsonl, .parquet or .tar file nor a folder with wav.scp (Kaldi), "
+        "dataset_dict.json or state.json (save_to_disk), metadata.csv or metadata.jsonl (audio folder), .parquet or .tar "
         "files: check the path, or say format=..."
     )
 

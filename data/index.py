@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from array import array
@@ -24,10 +25,12 @@ import numpy as np
 
 from data.build import MARKER, build_once, cache_home
 from data.manifest import duplicate_id, missing_text, no_utterances, parse_line, read_manifest, to_utterance, unreadable
+from data.sound import HUGGINGFACE_PREFIX
 from opd.types import Utterance
 
 INDEX_ABOVE_BYTES = 64 << 20  # a smaller manifest is read whole; it is there at once, and its folder stays as it is
 _VERSION = 1
+logger = logging.getLogger(__name__)
 _LONGEST_TIME = 1e9
 _READ_SIZE = 1 << 12  # bytes: most lines are shorter
 
@@ -106,10 +109,14 @@ class IndexedManifest(Sequence[Utterance]):
 def open_manifest(
     path: str | Path, *, require_text: bool = False, default_language: str | None = None
 ) -> Sequence[Utterance]:
-    """The utterances of a manifest: a list of a small one, an `IndexedManifest` of a large one.
+    """The utterances of a manifest: a list of a small one, an `IndexedManifest` of a large one; or rows of an hf: name.
 
     Raises ValueError as `read_manifest` does.
     """
+    if str(path).startswith(HUGGINGFACE_PREFIX):
+        from data.huggingface import HuggingFaceRows  # here, because `datasets` takes seconds to import
+
+        return HuggingFaceRows(str(path), require_text=require_text, default_language=default_language)
     path = Path(path)
     is_large = path.is_file() and path.stat().st_size > INDEX_ABOVE_BYTES
     open_it = IndexedManifest if is_large else read_manifest
@@ -118,8 +125,9 @@ def open_manifest(
 
 def facts_of(utterances: Sequence[Utterance]) -> Facts:
     """The facts of any utterances: what an index knows, or by a look at each. A list's lines have no numbers."""
-    if isinstance(utterances, IndexedManifest):
-        return utterances.facts
+    facts = getattr(utterances, "facts", None)
+    if facts is not None:
+        return facts
     first: dict[str | None, int] = {}
     for position, utterance in enumerate(utterances):
         first.setdefault(utterance.language, position)
@@ -163,6 +171,11 @@ def _index_folder(path: Path) -> Path:
 
 def _build(path: Path, folder: Path) -> str:
     """Fills the folder of an index. Memory: 24 bytes a line, 4 more where lines have a `duration`."""
+    size = path.stat().st_size
+    if size > INDEX_ABOVE_BYTES:
+        logger.info(
+            "%s: an index of its %.1f GB is built, once; that takes about a minute for each 3 GB", path, size / 1e9
+        )
     offsets, seconds, hashes = array("q"), array("f"), array("q")
     facts = Facts()
     first_of_language: dict[str | None, int] = {}
@@ -249,14 +262,11 @@ def _duration(value: Any) -> float | None:
 
 def _check_ids(path: Path, offsets: np.ndarray, hashes: np.ndarray) -> None:
     """Raises ValueError for an id that two lines have. Only lines whose ids have one hash are looked at."""
-    ordered = np.sort(hashes)
-    repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
-    if not len(repeated):
-        return
+    positions = positions_of_repeated(hashes)
     first: dict[str, int] = {}
     file = os.open(path, os.O_RDONLY)
     try:
-        for position in np.flatnonzero(np.isin(hashes, repeated)).tolist():
+        for position in positions:
             utterance = to_utterance(parse_line(_line_at(file, int(offsets[position])), str(path)), str(path), Path())
             if utterance.id in first:
                 lines = _line_numbers(path, {int(offsets[first[utterance.id]]), int(offsets[position])})
@@ -264,6 +274,13 @@ def _check_ids(path: Path, offsets: np.ndarray, hashes: np.ndarray) -> None:
             first[utterance.id] = position
     finally:
         os.close(file)
+
+
+def positions_of_repeated(hashes: np.ndarray) -> list[int]:
+    """Positions whose hash (int64) occurs more than once, rising."""
+    ordered = np.sort(hashes)
+    repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    return np.flatnonzero(np.isin(hashes, repeated)).tolist() if len(repeated) else []
 
 
 def _line_numbers(path: Path, offsets: set[int]) -> list[int]:

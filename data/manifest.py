@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from data.sound import is_path
 from opd.types import Utterance
 
 _KNOWN_FIELDS = frozenset({"id", "audio", "text", "language", "task", "begin_time", "end_time"})
@@ -150,7 +151,7 @@ def to_utterance(fields: dict[str, Any], where: str, folder: Path, default_langu
         raise ValueError(f"{where}: `begin_time` {begin_time} is not before `end_time` {end_time}: correct the times")
     return Utterance(
         id=_string(fields, "id", where) or _default_id(audio, begin_time, end_time),
-        audio=os.path.join(folder, audio),  # keeps an absolute path
+        audio=os.path.join(folder, audio) if is_path(audio) else audio,  # `join` keeps an absolute path
         text=_string(fields, "text", where),
         language=_string(fields, "language", where) or default_language,
         task="asr",

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from data.manifest import read_manifest
+from data.index import open_manifest
 from opd.checkpoint import atomic_write_text
 from opd.config import derive
 from opd.evaluate import utterance_errors
@@ -172,7 +172,7 @@ def _errors(summaries: Sequence[dict[str, Any]], eval_set: str, normaliser: str)
         run_dir = Path(summary["export_dir"]).parent
         lines = (run_dir / f"transcripts-{eval_set}.jsonl").read_text(encoding="utf-8").split("\n")
         texts = {row["id"]: row["pred_text"] for row in map(json.loads, filter(None, lines))}
-        for utterance in read_manifest(summary["eval_manifests"][eval_set], require_text=True):
+        for utterance in open_manifest(summary["eval_manifests"][eval_set], require_text=True):
             if utterance.id in texts:
                 one = utterance_errors(str(utterance.text), texts[utterance.id], utterance.language, normaliser)
                 errors, words = counts.get(utterance.id, (0, 0))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data.manifest import read_manifest
+from data.index import open_manifest
 from opd.evaluate import sample_table, score_transcripts, write_transcripts
 from opd.metrics import MetricsLog
 from opd.schema import Config
@@ -24,8 +24,8 @@ class Evaluation:
         self._transcripts: dict[str, dict[str, str]] = {}
 
     def _read(self, path: str, config: Config) -> Batch:
-        utterances = read_manifest(path, require_text=True, default_language=config.data.default_language)
-        return utterances[: self.config.max_utterances] if self.config.max_utterances else utterances
+        utterances = open_manifest(path, require_text=True, default_language=config.data.default_language)
+        return list(utterances[: self.config.max_utterances or None])
 
     def __call__(self, step: int, transcribe: Transcribe, log: MetricsLog | None) -> dict[str, dict[str, Any]]:
         """The result of each set; `transcribe` gives None for bad audio, which is left out. `log` takes them all."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data.sound import HUGGINGFACE_PREFIX
 from opd.config import PROJECT_ROOT, SYNTHETIC_PREFIX, resolve_path
 from opd.schema import Config
 
@@ -94,7 +95,15 @@ def resolve_manifests(
     recorded = [name for name in names if name.startswith(RECORDINGS_PREFIX)]
     if recorded:
         made |= _make_recorded(recorded, recordings, held_out_speakers)
-    return {name: str(made[name]) if name in made else resolve_path(name) for name in names}
+    return {name: str(made[name]) if name in made else _resolve_source(name) for name in names}
+
+
+def _resolve_source(name: str) -> str:
+    """A manifest's path, or the name of a Hugging Face data set with the path in it."""
+    if not name.startswith(HUGGINGFACE_PREFIX):
+        return resolve_path(name)
+    path, mark, query = name.removeprefix(HUGGINGFACE_PREFIX).partition("?")
+    return f"{HUGGINGFACE_PREFIX}{resolve_path(path)}{mark}{query}"
 
 
 def _make_synthetic(names: list[str]) -> dict[str, Path]:

@@ -77,11 +77,11 @@ class Run:
         config = self.config
         self.data = TrainingData(config)
         self.evaluate = Evaluation(config)
-        if config.stage != "sft":
-            router = Router(config)
-            self.data.check_routes(router, is_new=not self.step)
+        self.router = Router(config) if config.stage != "sft" else None
+        if self.router is not None:
+            self.data.check_routes(self.router, is_new=not self.step)
             if config.stage == "opd" and config.eval.teacher:
-                router.check([u for utterances in self.evaluate.sets.values() for u in utterances])
+                self.router.check([u for utterances in self.evaluate.sets.values() for u in utterances])
         if config.stage == "td":
             names = ", ".join(sorted({str(teacher.path) for teacher in config.teacher.by_route().values()}))
             self.teacher_data = TeacherData(self.dir.path / "td", config.td, names, config.eval.normaliser)
@@ -203,6 +203,8 @@ class Run:
         else:
             with self.timer("gate"):
                 batch = self._spread(self.gate.fill(feed, size))
+        if self.router is not None:
+            self.data.check_streamed(self.router, batch)
         self.batch_log.add(batch)
         return batch
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data.feed import Feed, ManifestFeed, MixedFeed, source_seed
 from data.index import IndexedManifest, facts_of, open_manifest
 from data.sampler import EpochSampler
+from data.sound import is_stream
 from opd.checkpoint import atomic_write_text
 from opd.schema import Config
 from opd.teachers.routing import Router
 from opd.types import Batch, Utterance
+
+if TYPE_CHECKING:
+    from data.stream import StreamFeed
 
 
 class TrainingData:
@@ -29,15 +33,20 @@ class TrainingData:
         self.config = config
         with_text = config.stage == "sft" or (config.stage == "opd" and config.rollout.source == "manifest")
         manifests = {name: source["path"] for name, source in data.train_manifests.items()} or {"": data.train_manifest}
-        self.sources = {
-            name: open_manifest(str(path), require_text=with_text, default_language=data.default_language)
-            for name, path in manifests.items()
-        }
+        self.sources: dict[str, Sequence[Utterance]] = {}
+        self._streams: dict[str, StreamFeed] = {}
+        for name, path in manifests.items():
+            if is_stream(str(path)):
+                self._streams[name] = _open_stream(str(path), self._seed(name), with_text, data.default_language)
+            else:
+                self.sources[name] = open_manifest(
+                    str(path), require_text=with_text, default_language=data.default_language
+                )
         self.feed = self._feed()
 
     def use(self, utterances: Sequence[Utterance]) -> None:
         """Trains on these instead: what the teacher wrote, in stage td."""
-        self.sources = {"": utterances}
+        self.sources, self._streams = {"": utterances}, {}
         self.feed = self._feed()
 
     def utterances(self) -> Sequence[Utterance]:
@@ -46,11 +55,11 @@ class TrainingData:
         return only
 
     def texts(self) -> Iterator[str]:
-        """All transcripts, source by source. It takes a pass over all lines."""
+        """All transcripts, source by source; none of streams. It takes a pass over all lines."""
         return (u.text for utterances in self.sources.values() for u in utterances if u.text)
 
     def num_texts(self) -> int:
-        """How many utterances have a `text`."""
+        """How many utterances have a `text`; those of streams are not counted."""
         return sum(facts_of(utterances).num_texts for utterances in self.sources.values())
 
     def check_routes(self, router: Router, *, is_new: bool) -> None:
@@ -66,16 +75,31 @@ class TrainingData:
             elif is_new:
                 router.check(utterances)
 
+    def check_streamed(self, router: Router, batch: Batch) -> None:
+        """As `check_routes`, for a batch of which some may come from a stream: that cannot be looked through before."""
+        if self._streams:
+            router.check(batch)
+
+    def _seed(self, name: str) -> int:
+        return source_seed(self.config.seed, name) if name else self.config.seed
+
     def _feed(self) -> Feed:
-        config = self.config
-        if not config.data.train_manifests:
-            return _manifest_feed(self.utterances(), config.seed, config.data.sorted_epochs)
-        weights = {name: source.get("weight", 1.0) for name, source in config.data.train_manifests.items()}
-        feeds = {
-            name: _manifest_feed(utterances, source_seed(config.seed, name))
+        feeds: dict[str, Feed] = {
+            name: _manifest_feed(utterances, self._seed(name), self.config.data.sorted_epochs)
             for name, utterances in self.sources.items()
         }
-        return MixedFeed(feeds, weights, config.seed)
+        feeds |= self._streams
+        if not self.config.data.train_manifests:
+            (only,) = feeds.values()
+            return only
+        weights = {name: source.get("weight", 1.0) for name, source in self.config.data.train_manifests.items()}
+        return MixedFeed(feeds, weights, self.config.seed)
+
+
+def _open_stream(name: str, seed: int, require_text: bool, default_language: str | None) -> StreamFeed:
+    from data.stream import StreamFeed  # here, because `datasets` takes seconds to import
+
+    return StreamFeed(name, seed, require_text=require_text, default_language=default_language)
 
 
 def _manifest_feed(utterances: Sequence[Utterance], seed: int, sorted_epochs: int = 0) -> ManifestFeed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from data.sound import is_stream
 from opd.normalisers import NORMALISERS
 
 if TYPE_CHECKING:
@@ -127,6 +128,26 @@ def _validate_data(config: Config) -> None:
     if data.train_manifests and (config.stage == "td" or data.sorted_epochs):
         what = "stage=td" if config.stage == "td" else "data.sorted_epochs"
         raise ValueError(f"{what}: works with one manifest; set data.train_manifest instead of data.train_manifests")
+    _validate_streams(config)
+
+
+def _validate_streams(config: Config) -> None:
+    """A stream can be trained on; all else needs to know every utterance."""
+    data = config.data
+    streamed = [name for name in (data.train_manifest, *(s["path"] for s in data.train_manifests.values())) if name]
+    streamed = [name for name in streamed if is_stream(name)]
+    if not streamed:
+        return
+    needs = {
+        "stage=td": config.stage == "td",
+        "data.sorted_epochs": data.sorted_epochs > 0,
+        "student.init (its tokenizer is made of all texts)": bool(config.student.init),
+    }
+    for what, needed in needs.items():
+        if needed:
+            raise ValueError(
+                f"{what}: not with {streamed[0]}, which is a stream; leave stream=true out, or import it first"
+            )
 
 
 def _validate_optional(config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -10,11 +11,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import soundfile
@@ -34,7 +38,7 @@ from main_job import (
 )  # fmt: skip
 from safetensors.torch import load_file
 
-from data.manifest import read_manifest
+from data.manifest import read_manifest, write_manifest
 from opd import export
 from opd.config import load_config
 from opd.run import Run
@@ -141,17 +145,38 @@ def preempt(arguments: list[str], env: dict[str, str], run_dir: Path) -> Result:
     return result
 
 
+def mixed_sources(speech: dict[str, Path], folder: Path) -> dict[str, dict]:
+    """The training speech as rows and as a stream, each half of it, and the evaluation speech in a tar file."""
+    folder.mkdir()
+    train, evaluation = read_manifest(speech["train"]), read_manifest(speech["eval"])
+    for name, part in (("rows", train[:24]), ("stream", train[24:])):
+        sounds = [{"bytes": Path(u.audio).read_bytes(), "path": None} for u in part]
+        columns = {"audio": sounds, "text": [u.text for u in part], "id": [u.id for u in part], "language": ["en"] * 24}
+        datasets.Dataset.from_dict(columns).to_parquet(folder / f"{name}.parquet")
+    with tarfile.open(folder / "shard.tar", "w") as tar:
+        for u in evaluation:
+            tar.add(u.audio, f"clips/{u.id}.wav")
+    write_manifest(
+        folder / "tar.jsonl",
+        [dataclasses.replace(u, audio=f"{folder / 'shard.tar'}!clips/{u.id}.wav") for u in evaluation],
+    )
+    return {
+        "rows": {"path": f"hf:{folder / 'rows.parquet'}?split=train", "weight": 2},
+        "stream": {"path": f"hf:{folder / 'stream.parquet'}?split=train&stream=true&buffer=10", "weight": 1.5},
+        "tar": {"path": str(folder / "tar.jsonl")},
+    }
+
+
 def run_with_two_batch_sizes(speech: dict[str, Path], run_dir: Path, env: dict[str, str]) -> Result:
-    """Two manifests in proportion 3 : 1, in batches of 8 up to step 4 and of 12 for two more steps."""
-    sources = {"train": {"path": str(speech["train"]), "weight": 3}, "eval": {"path": str(speech["eval"])}}
-    options = ["data.train_manifest=null", f"data.train_manifests={json.dumps(sources)}", "data.sorted_epochs=0"]
-    options += ["data.log_batches=true", NO_EVAL]
-    arguments = command(speech, run_dir, *options, *ONE_RANK, recipe="tiny_student")
+    """Sources of every kind, in batches of 8 on one rank up to step 4, and of 12 on two ranks for two more steps."""
+    sources = mixed_sources(speech, run_dir.with_name("sources"))
+    options = ["data.train_manifest=null", f"data.train_manifests={json.dumps(sources)}", "data.log_batches=true"]
+    arguments = command(speech, run_dir, *options, NO_EVAL, *ONE_RANK)
     result = run(arguments, env)
     assert result.returncode == 0, result.stderr[-3000:]
     shutil.rmtree(run_dir / "checkpoints" / "step-000006")  # as if it had been stopped before
     (run_dir / "summary.json").unlink()
-    return run([*arguments, "train.batch_size=12"], env)
+    return run([*arguments, "train.batch_size=12", "cluster.ranks_per_node=2"], env)
 
 
 def submit(arguments: list[str], cluster: dict[str, str]) -> Result:
@@ -319,26 +344,31 @@ def test_sft_starts_from_nothing_and_export_runs_again(jobs: dict[str, Future], 
     assert not any(name.startswith("ctc_head") for name in first)
 
 
-def test_another_batch_size_goes_on_with_the_next_utterance(
+def test_another_batch_size_and_number_of_ranks_go_on_with_the_next_utterance(
     jobs: dict[str, Future], folder: Path, speech: dict[str, Path]
 ) -> None:
-    """From the ids that the run logged: none is skipped or repeated, in either of its two manifests."""
+    """From the ids that the run logged: none is skipped or repeated, in any of its sources."""
     printed = finished(jobs, "mixed").stdout
     assert "going on after step 4 of 6" in printed
     assert "train.batch_size was 8 and is now 12: going on with the utterance that comes next" in printed
     logged = [json.loads(line) for line in (folder / "mixed" / "batches.jsonl").read_text().splitlines()]
     assert [(row["step"], len(row["ids"])) for row in logged] == [(1, 8), (2, 8), (3, 8), (4, 8), (5, 12), (6, 12)]
     drawn = [name.split("/", 1) for row in logged for name in row["ids"]]
-    for name in ("train", "eval"):
+    train, evaluation = (
+        [u.id for u in read_manifest(speech["train"])], [u.id for u in read_manifest(speech["eval"])],
+    )  # fmt: skip
+    for name, known in (("rows", train[:24]), ("stream", train[24:]), ("tar", evaluation)):
         ids = [utterance_id for source, utterance_id in drawn if source == name]
-        known = {utterance.id for utterance in read_manifest(speech[name])}
-        for begin in range(0, len(ids), len(known)):
-            epoch = ids[begin : begin + len(known)]
-            assert len(set(epoch)) == len(epoch), "none is repeated"
-            assert set(epoch) <= known
-            assert len(epoch) == len(known) or begin + len(known) > len(ids), "none is skipped"
+        assert len(ids) > 5
+        # A batch is spread by length, so an epoch may end in the midst of one: how often each was drawn is what tells.
+        times = Counter(dict.fromkeys(known, 0))
+        times.update(ids)
+        assert times.keys() == set(known)
+        assert set(times.values()) <= {len(ids) // len(known), len(ids) // len(known) + 1}, (
+            "none skipped, none repeated"
+        )
         assert metrics(folder / "mixed")[-1][f"data/share/{name}"] == len(ids) / 56
-    assert 3 < sum(source == "eval" for source, _ in drawn) < 25, "a quarter of 56, give or take"
+    assert metrics(folder / "mixed")[-1]["data/bad_audio"] == 0
 
 
 @pytest.mark.parametrize(

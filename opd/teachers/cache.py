@@ -20,6 +20,7 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from data.sound import file_of
 from opd.support import NUM_EXTRA
 from opd.teachers.base import Teacher
 from opd.teachers.merging import EMPTY, merge_scores
@@ -165,12 +166,18 @@ def _blocks(file: Path) -> Iterable[bytes]:
 
 
 def _audio_identity(utterance: Any) -> list[Any]:
+    file = file_of(utterance.audio)
     try:
-        stat = os.stat(utterance.audio)
+        stat = os.stat(file or "")
         changed = [stat.st_size, stat.st_mtime_ns]
     except OSError:
         changed = []
-    return [os.path.abspath(utterance.audio), utterance.begin_time, utterance.end_time, *changed]
+    return [
+        os.path.abspath(utterance.audio) if file else utterance.audio,
+        utterance.begin_time,
+        utterance.end_time,
+        *changed,
+    ]
 
 
 def _keep_score(path: Path, scored: Tensors, index: int, length: int, retokenised: int) -> None:

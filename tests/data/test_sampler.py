@@ -131,10 +131,21 @@ def test_equal_draws_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_look_ahead_into_the_next_epoch_sorts_no_epoch_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    sampler, sorted_epochs = EpochSampler(10, seed=3), []
-    argsort = np.argsort
-    monkeypatch.setattr(np, "argsort", lambda draws: (sorted_epochs.append(sampler.epoch), argsort(draws))[1])
+    sampler, drawn_epochs = EpochSampler(10, seed=3), []
+    philox = np.random.Philox
+
+    def counted(sequence: np.random.SeedSequence) -> np.random.Philox:
+        drawn_epochs.append(sequence.entropy)
+        return philox(sequence)
+
+    monkeypatch.setattr(np.random, "Philox", counted)
     for _ in range(12):
         sampler.peek_batch(4)
         sampler.next_batch(4)
-    assert len(sorted_epochs) == 5, "48 utterances of ten an epoch"
+    assert drawn_epochs == [[3, epoch] for epoch in range(5)], "48 utterances of ten an epoch"
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 1_000, 300_000])
+def test_the_order_is_that_of_sorted_draws(num: int) -> None:
+    draws = np.random.Philox(np.random.SeedSequence([8, 0])).random_raw(num)
+    assert EpochSampler(num, seed=8).next_batch(num) == np.argsort(draws, kind="stable").tolist()

@@ -13,6 +13,8 @@ from opd.resolve import resolve
 
 SEVERAL = ["recipe=tiny", "data.train_manifest=null", "data.train_manifests.a.path=a.jsonl"]
 
+STREAM = "data.train_manifest=hf:a?stream=true"
+
 
 @pytest.mark.parametrize("name", list_recipes())
 def test_every_shipped_recipe_loads(name: str) -> None:
@@ -64,6 +66,12 @@ def test_overrides_win_over_the_recipe() -> None:
         ([*SEVERAL, "data.train_manifests.a.path=stage:td"], "only data.train_manifest may name another stage"),
         ([*SEVERAL, "stage=td"], "stage=td: works with one manifest"),
         ([*SEVERAL, "data.sorted_epochs=1"], "data.sorted_epochs: works with one manifest"),
+        (["recipe=tiny", STREAM, "stage=td"], "stage=td: not with hf:a.stream=true, which is a stream"),
+        (["recipe=tiny", STREAM, "data.sorted_epochs=1"], "data.sorted_epochs: not with hf:a"),
+        (
+            ["recipe=tiny", STREAM, "student.path=null", "student.init={vocab_size: 300}"],
+            "student.init .* not with hf:a",
+        ),
         (["recipe=tiny", "loss.kind=mse"], "loss.kind=mse: must be one of forward_kl"),
         (["recipe=tiny", "engine=megatron"], "engine=megatron: must be one of fsdp2"),
         (["recipe=tiny", "train.batch_size=31"], "does not divide over 2 ranks.*train.batch_size=30"),
@@ -127,10 +135,12 @@ def test_several_manifests_are_made_where_they_can_be_and_have_absolute_paths(tm
     sources = ["data.train_manifests.a.weight=0.5", "data.train_manifests.b.path=nowhere.jsonl"]
     data = [*SEVERAL, f"data.train_manifests.a.path={tmp_path}/x/../a.jsonl", *sources, "data.eval_manifests={}"]
     (tmp_path / "x").mkdir()
+    data.append("data.train_manifests.c.path=hf:recipes?split=train&text=words")
     config = resolve(load_config([*data, f"run_dir={tmp_path / 'run'}"]))
     assert config.data.train_manifest is None
     assert config.data.train_manifests == {
         "a": {"path": str((tmp_path / "a.jsonl").resolve()), "weight": 0.5},
         "b": {"path": "nowhere.jsonl"},
+        "c": {"path": f"hf:{RECIPES_DIR}?split=train&text=words"},
     }
     assert config_from_dict(config.to_dict()) == config
