@@ -10,6 +10,8 @@ from torch import nn
 from opd.schema import LoraConfig
 
 ADAPTER = "default"  # peft's name of a model's only adapter
+MIN_GROUP_NUMEL = 1_000_000  # a layer with fewer parameters is not worth a collective of its own under FSDP2
+BUCKET_NUMEL = 64_000_000  # parameters that are stepped at a time where AdamW's state is offloaded: 0.5 GB of it
 BASE = ".base_layer."  # what peft puts between the name of a layer and that of its own weight
 
 

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine.base import EngineRegistry
 
-from opd.trainable import plain_state
+from opd.trainable import MIN_GROUP_NUMEL, plain_state
 from opd.types import DTYPES
 from trainers.base_engine import StudentEngine, TrainedStudent
 
@@ -37,7 +37,7 @@ class FSDP2Engine(StudentEngine):
     not worth one: the tiny models are one group, ARK-ASR has one per layer.
     """
 
-    min_group_numel = 1_000_000
+    min_group_numel = MIN_GROUP_NUMEL
     _save_group: dist.ProcessGroup | None = None
 
     def _wrap(self, student: TrainedStudent) -> nn.Module:

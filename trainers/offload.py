@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-BUCKET_NUMEL = 64_000_000  # elements of a rank's parameters that are stepped at a time: 0.5 GB of state in float32
+from opd.trainable import BUCKET_NUMEL
 
 
 class OffloadedAdamW(torch.optim.AdamW):

@@ -22,7 +22,7 @@ def test_every_shipped_recipe_loads(name: str) -> None:
     assert "#" not in str(config.to_dict()), "a comment without a space before it is part of the value"
 
 
-@pytest.mark.parametrize("name", ["ark06b", "ark06b_one_gpu", "ark3b"])
+@pytest.mark.parametrize("name", ["ark06b", "ark06b_one_gpu", "ark3b", "ark3b_one_gpu"])
 def test_a_recipe_of_full_size_explains_each_key_and_says_how_its_teacher_runs(name: str) -> None:
     lines = (RECIPES_DIR / f"{name}.yaml").read_text().splitlines()
     bare = [line for line in lines if re.match(r"\s*\w+: *[^#\s]", line) and " # " not in line]
