@@ -93,7 +93,7 @@ def student_sizes(config: Config) -> StudentSizes:
 def student_config(student: StudentConfig) -> ArkasrConfig:
     if student.init:
         fields = dict(student.init)
-        return ArkasrConfig(whisper_config=dict(fields.pop("whisper")), **fields)
+        return ArkasrConfig(whisper_config=dict(fields.pop("whisper")), audio_token_id=None, **fields)
     assert student.path, "validation has seen to it that there is a path or sizes"
     return _arkasr_config("student.path", student.path)
 
