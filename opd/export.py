@@ -30,6 +30,8 @@ from opd.arkasr.configuration_arkasr import AUTO_MAP, CUSTOM_PIPELINES
 from opd.card import check_card_facts, write_model_card
 from opd.config import resolve_path
 from opd.hub import check_push, push
+from opd.schema import LoraConfig
+from opd.trainable import choose_trained, plain_state
 from opd.types import DTYPES
 
 CODE_DIR = Path(__file__).parent / "arkasr"
@@ -206,12 +208,14 @@ def export_checkpoint(
     check_card_facts(facts)
     start = resolve_path(config["student"]["path"] or str(run_dir / "init"))
     model, processor = load_model(start), load_processor(start)
+    lora = LoraConfig(**config.get("lora", {}))
+    choose_trained(model, [], lora)
     # As the engine names them: the model is a member of what is trained.
     state = {"model": {f"model.{name}": tensor for name, tensor in model.state_dict().items()}}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is wanted
         dcp.load(state, checkpoint_id=run_dir / "checkpoints" / f"step-{step:06d}" / "state", no_dist=True)
-    weights = {name.removeprefix("model."): tensor for name, tensor in state["model"].items()}
+    weights = plain_state(state["model"], lora)
     export = config["export"]
     target = Path(out_dir) if out_dir else run_dir / "export"
     save_arkasr(weights, model.config, processor, target, export["dtype"], export["code"])

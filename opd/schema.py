@@ -24,6 +24,20 @@ class StudentConfig:
     dtype: str = key("float32", "compute type: float32 | bfloat16; weights and optimizer state stay float32")
     attn_implementation: str = key("sdpa", "attention: sdpa | eager | flash_attention_2")
     freeze: list[str] = key([], "parts that are not trained: any of encoder, adapter, decoder")
+    activation_checkpointing: bool = key(
+        False, "true: layers are computed again in the backward pass, a third more time for much less memory"
+    )
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    rank: int = key(0, "rank of the adapters that train in place of the decoder's own weights; 0 = no LoRA")
+    alpha: int = key(32, "an adapter's product is scaled by alpha / rank")
+    dropout: float = key(0.0, "on an adapter's input, in training")
+    target_modules: list[str] = key(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "linear layers of the decoder that get an adapter",
+    )
 
 
 ROUTE_KEYS = ("match", "num_workers")  # what a route says beside keys of TeacherConfig
@@ -141,6 +155,7 @@ class OptimConfig:
     eps: float = key(1e-8, "AdamW epsilon")
     weight_decay: float = key(0.01, "on matrices only; norms and biases never decay")
     max_grad_norm: float = key(1.0, "gradient norm is clipped to this; 0 = no clipping")
+    offload: bool = key(False, "true: AdamW's state is kept in the host's memory and visits the device for its step")
     lr_schedule: str = key("cosine", "cosine | constant, after the warm-up")
     warmup_steps: int = key(100, "steps of linear warm-up")
     min_lr_ratio: float = key(0.05, "cosine: final learning rate as a share of the peak")
@@ -234,6 +249,7 @@ class Config:
         "sync", "sync: rollout, score, update | one_step_off: the next rollout is scored while this one trains"
     )
     student: StudentConfig = field(default_factory=StudentConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)
     td: TdConfig = field(default_factory=TdConfig)
@@ -269,12 +285,18 @@ class Config:
         return self.eval.best_by or next(iter(self.data.eval_manifests), None)
 
 
+def _keys_but(section: str, cls: type, *free: str) -> list[str]:
+    return [f"{section}.{f.name}" for f in dataclasses.fields(cls) if f.name not in free]
+
+
 # What may not change between a run and its continuation: everything that shapes the weights (the number of steps shapes
-# the schedule). Where the run is written, how it is watched, what happens to bad audio and how ranks are placed may change;
-# so may the number of ranks and the size of a batch, when the hardware does: the place in the data is counted in utterances.
+# the schedule). Where the run is written, how it is watched, what happens to bad audio, how ranks are placed and how
+# memory is saved may change; so may the number of ranks and the size of a batch, when the hardware does: the place in the
+# data is counted in utterances.
 FROZEN_KEYS = [
-    "recipe", "stage", "schedule", "seed", "engine", "student", "teacher.kind", "teacher.path", "teacher.language",
+    "recipe", "stage", "schedule", "seed", "engine", "lora", "teacher.kind", "teacher.path", "teacher.language",
     "teacher.prompt", "teacher.routes", "teacher.dtype", "teacher.gate_max_wer", "data.train_manifest",
     "data.train_manifests", "data.default_language", "data.sorted_epochs", "data.group_by_length", "td", "rollout", "loss",
-    "optim", "train.num_steps", "eval.normaliser",
+    "train.num_steps", "eval.normaliser",
+    *_keys_but("student", StudentConfig, "activation_checkpointing"), *_keys_but("optim", OptimConfig, "offload"),
 ]  # fmt: skip

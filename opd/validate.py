@@ -15,6 +15,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
 TEACHER_KINDS = ("arkasr", "qwen3_asr", "hf")
 STAGES = ("sft", "td", "opd")
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PROMPT_FORMS = {"text": str, "chat": list, "transcription": dict}
 _CHOICES = {
     "stage": STAGES, "rollout.source": ("student", "manifest"), "rollout.draft": ("auto", "reference", "earlier", "none"),
@@ -30,7 +31,7 @@ _CHOICES = {
 _POSITIVE = (
     "checkpoint.grace_s", "data.max_seconds", "data.read_timeout_s",
     "td.max_chars_per_second", "rollout.max_new_tokens", "rollout.max_repeats", "loss.top_k", "loss.temperature",
-    "loss.chunk_size", "optim.lr", "optim.eps", "train.num_steps", "train.batch_size", "train.micro_batch_size",
+    "loss.chunk_size", "lora.alpha", "optim.lr", "optim.eps", "train.num_steps", "train.batch_size", "train.micro_batch_size",
     "train.log_every", "checkpoint.checkpoint_every", "checkpoint.keep_last", "eval.batch_size", "cluster.num_nodes",
     "cluster.ranks_per_node", "cluster.num_teachers",
     "cluster.gpus_per_rank", "cluster.threads_per_rank", "cluster.threads_per_teacher",
@@ -39,7 +40,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "rollout.temperature", "loss.ctc_weight", "optim.weight_decay", "optim.max_grad_norm", "optim.warmup_steps",
     "eval.eval_every", "td.min_chars_per_second", "eval.max_utterances", "eval.num_samples", "eval.patience", "data.sorted_epochs",
-    "data.num_threads", "train.micro_batch_tokens", "train.max_restarts",
+    "data.num_threads", "train.micro_batch_tokens", "train.max_restarts", "lora.rank",
     "cluster.cpus_per_rank", "cluster.cpus_per_teacher", "cluster.gpus_per_teacher", "seed",
 )  # fmt: skip
 _SHARES = ("teacher.min_coverage", "data.max_bad_share", "loss.beta", "optim.min_lr_ratio")
@@ -76,6 +77,7 @@ def _validate_parts(config: Config) -> None:
         raise ValueError(f"student.freeze={config.student.freeze}: parts are encoder, adapter, decoder")
     if len(config.student.freeze) == 3:
         raise ValueError("student.freeze: encoder, adapter and decoder are all frozen, nothing is left to train")
+    _validate_lora(config)
     if (config.student.path is None) == (not config.student.init):
         raise ValueError(
             "student: give either student.path (a model to start from) or student.init (sizes of a new one)"
@@ -148,6 +150,23 @@ def _validate_streams(config: Config) -> None:
             raise ValueError(
                 f"{what}: not with {streamed[0]}, which is a stream; leave stream=true out, or import it first"
             )
+
+
+def _validate_lora(config: Config) -> None:
+    lora = config.lora
+    if not 0 <= lora.dropout < 1:
+        raise ValueError(f"lora.dropout={lora.dropout:g}: must be from 0 to below 1")
+    if unknown := [name for name in lora.target_modules if name not in LORA_TARGETS]:
+        raise ValueError(
+            f"lora.target_modules: {unknown[0]} is no layer of the decoder; any of {', '.join(LORA_TARGETS)}"
+        )
+    if lora.rank and not lora.target_modules:
+        raise ValueError("lora.target_modules is empty: name the layers that get an adapter, or set lora.rank=0")
+    if lora.rank and "decoder" in config.student.freeze:
+        raise ValueError(
+            "student.freeze: with lora.rank above 0 the decoder's weights are frozen and its adapters train; "
+            "take decoder out of it, or set lora.rank=0"
+        )
 
 
 def _validate_optional(config: Config) -> None:

@@ -22,7 +22,9 @@ from opd.arkasr import load_model
 from opd.rollout.graphs import GraphSteps
 from opd.rollout.steps import DecoderSteps, can_step
 from opd.schema import Config, OptimConfig
+from opd.trainable import ADAPTER, choose_trained, lora_layers
 from opd.types import DTYPES
+from trainers.offload import OffloadedAdamW
 
 Head = Callable[[torch.Tensor, torch.Tensor], Any]
 Objective = Callable[[nn.Module, Any], tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -93,20 +95,6 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     ]
 
 
-def freeze(model: nn.Module, parts: list[str]) -> None:
-    """Takes the gradient from parts of an ARK-ASR model: encoder (Whisper), adapter (norm + MLP), decoder (Qwen2)."""
-    members = {
-        "encoder": [model.audio_encoder.whisper],
-        "adapter": [model.audio_encoder.layer_norm, model.audio_encoder.adapting],
-        "decoder": [model.model, model.lm_head],
-    }
-    for part in parts:
-        for member in members[part]:
-            member.requires_grad_(False)
-    # Stored with every checkpoint but read by nothing: it must neither decay nor count as trained.
-    model.audio_encoder.whisper.embed_positions.requires_grad_(False)
-
-
 class StudentEngine(BaseEngine):
     """Base of the student's engines. `path` is the arkasr folder that the student starts from."""
 
@@ -124,7 +112,9 @@ class StudentEngine(BaseEngine):
         torch.manual_seed(self.config.seed)
         model = load_model(self.path, dtype=torch.float32, attn_implementation=self.config.student.attn_implementation)
         self.model_config = model.config
-        freeze(model, self.config.student.freeze)
+        choose_trained(model, self.config.student.freeze, self.config.lora)
+        if self.config.student.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         with_ctc = self.config.loss.ctc_weight > 0
         student = TrainedStudent(model, model.config.vocab_size if with_ctc else 0)
         self.module = self._wrap(student)
@@ -140,7 +130,7 @@ class StudentEngine(BaseEngine):
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         optim = self.config.optim
-        return torch.optim.AdamW(
+        return (OffloadedAdamW if optim.offload else torch.optim.AdamW)(
             parameter_groups(self.module, optim.weight_decay),
             lr=optim.lr,
             betas=(optim.betas[0], optim.betas[1]),
@@ -190,6 +180,7 @@ class StudentEngine(BaseEngine):
             self.optimizer_zero_grad()
             raise NonFiniteError(f"loss {totals['loss']}, gradient norm {grad_norm}")
         self.optimizer_step()
+        self.optimizer_zero_grad()  # the next rollout needs the memory
         self.lr_scheduler_step()
         return totals
 
@@ -239,6 +230,20 @@ class StudentEngine(BaseEngine):
             yield
         finally:
             self.mode = None
+
+    @contextmanager
+    def merged_adapters(self) -> Iterator[None]:
+        """Adds the LoRA adapters to the weights that they stand beside. For parameters that are gathered copies: nothing
+        is taken back at the end, the copies are expected to be dropped."""
+        layers = lora_layers(self.module)
+        with torch.no_grad():
+            for layer in layers:
+                layer.merge()
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.merged_adapters.clear()
 
     @contextmanager
     def eval_mode(self, **kwargs: Any) -> Iterator[None]:
@@ -296,6 +301,9 @@ class StudentEngine(BaseEngine):
     @torch.no_grad()
     def round_weights(self, dtype: str) -> None:
         """Rounds the weights to what an export of this type holds. The training state is spoilt by this."""
+        for layer in lora_layers(self.module):  # what is rounded in an export is the sum
+            layer.get_base_layer().weight.add_(layer.get_delta_weight(ADAPTER))
+            layer.lora_B[ADAPTER].weight.zero_()
         for parameter in self.module.parameters():
             parameter.copy_(parameter.to(DTYPES[dtype]).to(parameter.dtype))
 
@@ -307,7 +315,7 @@ class StudentEngine(BaseEngine):
 
     @property
     def is_optimizer_offload_enabled(self) -> bool:
-        return False
+        return self.config.optim.offload
 
     def get_data_parallel_size(self) -> int:
         return self.world_size

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine.base import EngineRegistry
 
+from opd.trainable import MIN_GROUP_NUMEL, plain_state
 from opd.types import DTYPES
 from trainers.base_engine import StudentEngine, TrainedStudent
 
@@ -36,7 +37,7 @@ class FSDP2Engine(StudentEngine):
     not worth one: the tiny models are one group, ARK-ASR has one per layer.
     """
 
-    min_group_numel = 1_000_000
+    min_group_numel = MIN_GROUP_NUMEL
     _save_group: dist.ProcessGroup | None = None
 
     def _wrap(self, student: TrainedStudent) -> nn.Module:
@@ -65,7 +66,8 @@ class FSDP2Engine(StudentEngine):
                 group.set_reshard_after_forward(False, recurse=False)
                 group.unshard()
             try:
-                yield
+                with self.merged_adapters():
+                    yield
             finally:
                 for group in groups:
                     # The root keeps its parameters from forward to backward, as fully_shard sets it up.
@@ -75,7 +77,7 @@ class FSDP2Engine(StudentEngine):
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = get_model_state_dict(self.module, options=options)
-        return {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+        return plain_state(state, self.config.lora)
 
     def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         """Writes model, optimizer and schedule with torch.distributed.checkpoint: any number of ranks can load it."""

@@ -33,12 +33,12 @@ class DecoderSteps:
         self.layers = [
             (
                 (layer.input_layernorm.weight, layer.post_attention_layernorm.weight),
-                [(p.weight, p.bias) for p in (a.q_proj, a.k_proj, a.v_proj)],
-                a.o_proj.weight.t(),
-                (layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight, layer.mlp.down_proj.weight.t()),
+                [(p.weight, p.bias) for p in map(_linear, (a.q_proj, a.k_proj, a.v_proj))],
+                _linear(a.o_proj).weight.t(),
+                (_linear(m.gate_proj).weight, _linear(m.up_proj).weight, _linear(m.down_proj).weight.t()),
             )
             for layer in decoder.layers
-            for a in [layer.self_attn]
+            for a, m in [(layer.self_attn, layer.mlp)]
         ]
         attention = decoder.layers[0].self_attn
         self.head_dim, self.scaling = attention.head_dim, attention.scaling
@@ -124,11 +124,16 @@ class DecoderSteps:
         return self.cos_LD[flat_N][:, None], self.sin_LD[flat_N][:, None]
 
 
+def _linear(module: nn.Module) -> nn.Module:
+    """The linear layer itself, or the one below a LoRA adapter that is merged into it."""
+    return module.get_base_layer() if getattr(module, "merged", False) else module
+
+
 def can_step(model: nn.Module) -> bool:
     """Whether `DecoderSteps` computes what this model does: a Qwen2 decoder of plain layers, its weights all here.
 
-    False for weights that are spread over ranks, layers that were replaced (adapters), windowed attention, and rotary
-    positions that depend on the length.
+    False for weights that are spread over ranks, layers that were replaced (adapters that are not merged), windowed
+    attention, and rotary positions that depend on the length.
     """
     decoder = getattr(model, "model", None)
     if not isinstance(decoder, Qwen2Model) or any(isinstance(p, DTensor) for p in decoder.parameters()):
@@ -140,6 +145,6 @@ def can_step(model: nn.Module) -> bool:
         linears += [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
         linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
         norms += [layer.input_layernorm, layer.post_attention_layernorm]
-    plain = all(type(m) is nn.Linear for m in linears) and all(type(m) is Qwen2RMSNorm for m in norms)
+    plain = all(type(_linear(m)) is nn.Linear for m in linears) and all(type(m) is Qwen2RMSNorm for m in norms)
     static = decoder.rotary_emb.rope_type not in ("dynamic", "longrope")
     return plain and static and not decoder.has_sliding_layers and type(decoder.embed_tokens) is nn.Embedding

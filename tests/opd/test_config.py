@@ -24,7 +24,7 @@ def test_every_shipped_recipe_loads(name: str) -> None:
     assert "#" not in str(config.to_dict()), "a comment without a space before it is part of the value"
 
 
-@pytest.mark.parametrize("name", ["ark06b", "ark06b_one_gpu", "ark3b"])
+@pytest.mark.parametrize("name", ["ark06b", "ark06b_one_gpu", "ark3b", "ark3b_one_gpu"])
 def test_a_recipe_of_full_size_explains_each_key_and_says_how_its_teacher_runs(name: str) -> None:
     lines = (RECIPES_DIR / f"{name}.yaml").read_text().splitlines()
     bare = [line for line in lines if re.match(r"\s*\w+: *[^#\s]", line) and " # " not in line]
@@ -79,6 +79,10 @@ def test_overrides_win_over_the_recipe() -> None:
         (["recipe=tiny", "loss.kind=sampled_kl"], "rollout.temperature above 0"),
         (["recipe=tiny", "student.freeze=[mouth]"], "encoder, adapter, decoder"),
         (["recipe=tiny", "student.freeze=[encoder,adapter,decoder]"], "nothing is left to train"),
+        (["recipe=tiny", "lora.rank=8", "student.freeze=[decoder]"], "take decoder out of it, or set lora.rank=0"),
+        (["recipe=tiny", "lora.target_modules=[q]"], "q is no layer of the decoder; any of q_proj"),
+        (["recipe=tiny", "lora.rank=8", "lora.target_modules=[]"], "name the layers that get an adapter"),
+        (["recipe=tiny", "lora.dropout=1"], "lora.dropout=1: must be from 0 to below 1"),
         (["recipe=tiny", "teacher.path=null"], "teacher.path is missing"),
         (["recipe=tiny", "stages=[sft,sft]"], "a name stands twice"),
         (["recipe=tiny", "eval.best_by=other"], "not in data.eval_manifests"),

@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from engine_steps import LayeredEngine, make_config, sft_step, start
 from ranks import run_ranks  # sets the environment that verl is imported under
 from tiny import CORPUS, SIZES
 
 from data.collate import Collator
 from data.manifest import read_manifest
 from opd.arkasr import blocked_token_ids, load_model, load_processor
-from opd.config import config_from_dict
 from opd.rollout.decode import decode, split
 from opd.rollout.speculative import speculate
 from opd.rollout.steps import DecoderSteps, can_step
-from opd.schema import Config, TrainConfig
+from opd.schema import Config
 from opd.seed import create_seed
 from opd.step_metrics import opd_metrics
 from opd.teachers.arkasr import ArkasrTeacher
@@ -27,77 +27,7 @@ from opd.types import Rollout, TeacherScore
 from opd.vocab import blocked_mask
 from trainers.base_engine import NonFiniteError, learning_rate_factor
 from trainers.fsdp2 import FSDP2Engine
-from trainers.objectives import (
-    micro_batch_rows,
-    opd_micro_batch,
-    opd_objective,
-    response_ids,
-    sft_micro_batch,
-    sft_objective,
-)
-
-
-def even_rows(num_rows: int, size: int) -> list[list[int]]:
-    return micro_batch_rows([1] * num_rows, TrainConfig(micro_batch_size=size))
-
-
-class LayeredEngine(FSDP2Engine):
-    """Every layer a group of its own, as at full size."""
-
-    min_group_numel = 1
-
-
-def make_config(path: Path, stage: str = "sft", **sections: dict[str, Any]) -> Config:
-    values: dict[str, Any] = {
-        "recipe": "test",
-        "stage": stage,
-        "student": {"path": str(path)},
-        "teacher": {"path": str(path)},
-        "data": {"train_manifest": "none"},
-        "optim": {"lr": 1e-3, "warmup_steps": 1, "lr_schedule": "constant"},
-        "train": {"num_steps": 10},
-        "rollout": {"max_new_tokens": 10},
-        "loss": {"top_k": 8, "ctc_weight": 0.5 if stage == "sft" else 0.0},
-    }
-    for name, keys in sections.items():
-        values[name] = values.get(name, {}) | keys
-    return config_from_dict(values)
-
-
-def start(config: Config, engine_class: type = FSDP2Engine) -> Any:
-    engine = engine_class(config, config.student.path)
-    engine.initialize()
-    return engine
-
-
-def sft_step(
-    engine: Any, manifest: Path, micro_size: int, batch: slice = slice(0, 8), spoil: float = 1.0
-) -> dict[str, float]:
-    """One SFT step on this rank's share of a global batch of the manifest, its loss multiplied by `spoil`."""
-    utterances = read_manifest(manifest)[batch]
-    share = len(utterances) // engine.world_size
-    utterances = utterances[engine.rank * share : (engine.rank + 1) * share]
-    processor = load_processor(engine.path)
-    inputs = processor.build_inputs(Collator().collate(utterances)[0])
-    tokenizer = processor.tokenizer
-    blocked_V = blocked_mask(
-        blocked_token_ids(tokenizer, engine.model_config.vocab_size, tokenizer.eos_token_id),
-        engine.model_config.vocab_size,
-    )
-    micros = [
-        sft_micro_batch(
-            inputs, rows, [response_ids(utterances[row].text, tokenizer) for row in rows], tokenizer.pad_token_id
-        )
-        for rows in even_rows(share, micro_size)
-    ]
-    objective = sft_objective(engine.config.loss, blocked_V, tokenizer.pad_token_id)
-
-    def spoilt(module: Any, micro: Any) -> Any:
-        loss, sums = objective(module, micro)
-        return loss * spoil, sums
-
-    with engine.train_mode():
-        return engine.train_batch(micros, spoilt)
+from trainers.objectives import micro_batch_rows, opd_micro_batch, opd_objective
 
 
 def one_step(config: Config, manifest: Path, micro_size: int, engine_class: type) -> tuple[dict, dict]:
