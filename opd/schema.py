@@ -127,7 +127,8 @@ class RolloutConfig:
     draft: str = key(
         "auto",
         "draft of a response, of which a forward checks many tokens: auto (the first there is) | reference (the "
-        "manifest's `text`) | earlier (the utterance's last rollout) | none; it changes the speed, not the responses",
+        "manifest's `text`) | earlier (the utterance's last rollout) | ctc (what the encoder hears, where its CTC head is "
+        "kept) | none; it changes the speed, not the responses",
     )
     temperature: float = key(0.0, "0 = greedy; above 0 the student samples at this temperature")
     max_new_tokens: int = key(256, "length limit of a response; one cut here has no EOS position")
@@ -200,6 +201,9 @@ class EvalConfig:
 @dataclass(frozen=True)
 class ExportConfig:
     dtype: str = key("bfloat16", "type of the exported weights: float32 | bfloat16 | float16")
+    ctc_head: bool = key(
+        True, "stage sft with loss.ctc_weight: keep the CTC head beside the weights, for drafts of later rollouts"
+    )
     code: bool = key(True, "put the arkasr remote code into the export")
     push: str | None = key(None, "Hub repository the export is pushed to at the end (needs a token)")
     private: bool | None = key(None, "whether the repository is made private; null = the account's default")

@@ -18,7 +18,7 @@ STAGES = ("sft", "td", "opd")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PROMPT_FORMS = {"text": str, "chat": list, "transcription": dict}
 _CHOICES = {
-    "stage": STAGES, "rollout.source": ("student", "manifest"), "rollout.draft": ("auto", "reference", "earlier", "none"),
+    "stage": STAGES, "rollout.source": ("student", "manifest"), "rollout.draft": ("auto", "reference", "earlier", "ctc", "none"),
     "engine": ("fsdp2",), "resume": ("auto", "never"), "schedule": ("sync", "one_step_off"),
     "student.dtype": DTYPES[:2], "teacher.kind": TEACHER_KINDS, "teacher.dtype": DTYPES, "export.dtype": DTYPES,
     "data.on_bad_audio": ("stop", "skip"), "loss.support": ("union", "student", "teacher"),

@@ -334,6 +334,7 @@ def test_sft_starts_from_nothing_and_export_runs_again(jobs: dict[str, Future], 
     steps = [line for line in metrics(folder / "sft") if "loss/ce" in line]
     assert len(steps) == 3
     assert all(math.isfinite(line["loss/ctc"]) for line in steps)
+    assert (folder / "sft" / "export" / "ctc_head.safetensors").is_file(), "for drafts of later rollouts"
     best = json.loads((folder / "sft" / "checkpoints" / "best.json").read_text())
     assert [step for step, _ in best["evals"]] == [2, 3], "with early stopping the last step competes too"
     assert export.main([f"run_dir={folder / 'sft'}", f"out_dir={tmp_path / 'again'}", f"step={best['step']}"]) == 0

@@ -27,10 +27,11 @@ from data.collate import Collator
 from opd.arkasr import blocked_token_ids, load_processor
 from opd.config import config_from_dict
 from opd.export import save_arkasr
+from opd.rollout.ctc import CtcHead, save_ctc_head
 from opd.rollout.decode import split, uniforms
 from opd.rollout.forced import forced
 from opd.rollout.speculative import RolloutCounts, forward_cost, speculate
-from opd.types import Batch, Rollout, TeacherScore
+from opd.types import DTYPES, Batch, Rollout, TeacherScore
 from opd.vocab import blocked_mask
 from trainers.base_engine import init_process_group
 from trainers.cluster import check_interface
@@ -85,6 +86,9 @@ class StudentWorker(Worker):
             self.device.type,
             self.config.cluster.threads_per_rank,
         )
+        self.ctc_head = None
+        if self.config.stage == "opd" and self.config.rollout.draft in ("auto", "ctc"):
+            self.ctc_head = CtcHead.load(self.path, self.pad_id, self.device)
         parameters = list(self.engine.module.parameters())
         return {
             "rank": self.rank,
@@ -123,9 +127,10 @@ class StudentWorker(Worker):
             rollout, counts = self._forced(inputs, shard, bad), None
         else:
             with self.engine.generation_mode():
-                if "encoder" in self.config.student.freeze:  # the update needs the same frames once more
-                    inputs |= self.engine.encode(inputs.pop("audios"), inputs.pop("audio_mask"))
-                rollout, counts = self._decode(inputs, shard, bad, config.temperature, step, drafts)
+                prompts, given = self._with_drafts(inputs, drafts)
+                rollout, counts = self._decode(prompts, shard, bad, config.temperature, step, given)
+                if "encoder" in self.config.student.freeze:
+                    inputs = prompts  # the update needs the same frames once more
         lengths_B = inputs["attention_mask"].sum(1).cpu() + rollout.response_mask_BT.sum(1)
         micro_rows = micro_batch_rows(lengths_B.tolist(), self.config.train)
         self._kept.append(([u.id for u in shard], inputs, micro_rows))
@@ -150,6 +155,24 @@ class StudentWorker(Worker):
             },
         }
 
+    def _with_drafts(
+        self, inputs: dict[str, torch.Tensor], drafts: list[str | None]
+    ) -> tuple[dict[str, torch.Tensor], list[list[int] | None]]:
+        """The prompts, encoded where that is of use, and ids of each draft: of the text, else what the CTC head hears."""
+        tokenizer = self.processor.tokenizer
+        given = [tokenizer(text, add_special_tokens=False)["input_ids"] if text else None for text in drafts]
+        ctc_head = None if all(given) else self.ctc_head
+        if ctc_head is None and "encoder" not in self.config.student.freeze:
+            return inputs, given
+        audio = {"audios", "audio_mask"}
+        prompts = {name: value for name, value in inputs.items() if name not in audio}
+        prompts |= self.engine.encode(inputs["audios"], inputs["audio_mask"])
+        if ctc_head is not None:
+            frames_BED = self.engine.module.model.audio_encoder.layer_norm(prompts["encoded_BED"])
+            heard = ctc_head.drafts(frames_BED, prompts["encoded_mask_BE"])
+            given = [ids or ctc_ids for ids, ctc_ids in zip(given, heard, strict=True)]
+        return prompts, given
+
     @register(dispatch_mode=Dispatch.ALL_TO_ALL, blocking=False)
     def transcribe(self, shard: Batch) -> list[str | None]:
         """Greedy transcripts in the order of the shard; None where the audio is bad and the policy is to skip it."""
@@ -165,13 +188,13 @@ class StudentWorker(Worker):
         return texts
 
     def _decode(
-        self, inputs: dict, shard: Batch, bad: list, temperature: float, step: int, drafts: list[str | None]
+        self, inputs: dict, shard: Batch, bad: list, temperature: float, step: int, drafts: list[list[int] | None]
     ) -> tuple[Rollout, RolloutCounts]:
         bad_ids = {error.utterance_id for error in bad}
-        config, tokenizer = self.config.rollout, self.processor.tokenizer
+        config = self.config.rollout
         arguments = {
             "steps": self.engine.decoder_steps(),
-            "drafts": [d and tokenizer(d, add_special_tokens=False)["input_ids"] for d in drafts],
+            "drafts": drafts,
             "forward_cost": self.forward_cost,
             "eos_id": self.eos_id,
             "pad_id": self.pad_id,
@@ -289,6 +312,11 @@ class StudentWorker(Worker):
                 state, self.engine.model_config, self.processor, Path(out_dir),
                 dtype=self.config.export.dtype, with_code=self.config.export.code,
             )  # fmt: skip
+        if self.engine.module.ctc_head is not None and self.config.export.ctc_head:
+            with self.engine.generation_mode():
+                weight, bias = (p.detach().float().cpu() for p in self.engine.module.ctc_head.parameters())
+            if self.rank == 0:
+                save_ctc_head(Path(out_dir), weight, bias, DTYPES[self.config.export.dtype])
         dist.barrier()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)

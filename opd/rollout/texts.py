@@ -20,14 +20,17 @@ class DraftTexts:
     """
 
     def __init__(self, source: str, earlier: dict[str, str], limit: int = MAX_DRAFTS) -> None:
-        """source: auto (the first there is), reference, earlier or none. limit: how many `earlier` holds at most."""
+        """source: auto (the first there is), reference, earlier, ctc (the ranks make those) or none.
+
+        limit   how many `earlier` holds at most
+        """
         self.source = source
         self.earlier = earlier
         self.limit = limit
 
     def of(self, batch: Batch, teacher: Mapping[str, str] | None = None) -> list[str | None]:
         """One text, or None, for each utterance; `teacher` has transcripts by utterance id."""
-        if self.source == "none":
+        if self.source in ("none", "ctc"):
             return [None] * len(batch)
         references = {u.id: u.text for u in batch} if self.source != "earlier" else {}
         earlier = self.earlier if self.source != "reference" else {}
