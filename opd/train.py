@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from opd.run import Run
 
 
+HELP = """python -m opd.train recipe=NAME [section.key=value ...]
+
+NAME is a file of recipes/ without .yaml, or a path to one. Every key of a recipe can be given on the command line.
+  recipe=NAME print_config=true   shows all keys with their values and meanings, without running
+  run_dir=DIR                     where the run goes; with the same one an interrupted run goes on
+python -m opd.doctor recipe=NAME  says whether the run can work here; python -m opd.memory recipe=NAME what it takes of memory"""
+
+
 def train(config: Config) -> dict:
     """Runs one stage from start (or the newest checkpoint) to export; returns the summary.
 
@@ -95,6 +103,9 @@ def run_all(config: Config) -> dict:
 def main(argv: list[str] | None = None) -> int:
     """Command line. Returns the exit status: 0; 1 after one line that says what went wrong; 143 where SIGTERM asked it to stop."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(arguments):
+        print(HELP)
+        return 0
     # When several workers fail of one cause, the first is reported below; Ray would print the others after it.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

@@ -284,6 +284,11 @@ def test_the_export_writes_the_same_transcripts_where_the_package_is_not_install
     assert "held_out" in card
 
 
+def test_help_is_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert "print_config=true" in capsys.readouterr().out
+
+
 def test_a_killed_run_resumes_bit_equal(jobs: dict[str, Future], folder: Path) -> None:
     """Also the proof that two runs of one seed are the same: all numbers but times are compared to the last digit."""
     finished(jobs, "unbroken")

@@ -41,13 +41,17 @@ def forced(
     attention = inputs["attention_mask"]
     joined["attention_mask"] = torch.cat([attention, mask_BT.to(device, attention.dtype)], dim=1)
     logits_BTV = forward(**joined, use_cache=False, logits_to_keep=length + 1).logits[:, :-1]
-    logits_BTV = logits_BTV.float().masked_fill(blocked_V, float("-inf"))
-    logprobs_BT = logits_BTV.log_softmax(-1).gather(-1, ids_BT.to(device)[..., None])[..., 0].cpu()
+    top_k = min(top_k, int((~blocked_V).sum()))
+    topk_ids, logprobs = [], []
+    for logits_TV, ids_T in zip(logits_BTV, ids_BT.to(device), strict=True):  # a float32 copy of one row at a time
+        allowed_TV = logits_TV.float().masked_fill(blocked_V, float("-inf"))
+        topk_ids.append(allowed_TV.topk(top_k, dim=-1).indices)
+        logprobs.append(allowed_TV.log_softmax(-1).gather(-1, ids_T[:, None])[:, 0])
     return Rollout(
         response_ids_BT=ids_BT,
         response_mask_BT=mask_BT,
-        topk_ids_BTK=logits_BTV.topk(min(top_k, int((~blocked_V).sum())), dim=-1).indices.cpu(),
-        logprobs_BT=logprobs_BT.masked_fill(~mask_BT, 0.0),
+        topk_ids_BTK=torch.stack(topk_ids).cpu(),
+        logprobs_BT=torch.stack(logprobs).cpu().masked_fill(~mask_BT, 0.0),
         finished_B=((ids_BT == eos_id) & mask_BT).any(1),
         loop_start_B=loop_starts(ids_BT, mask_BT, max_repeats),
         bad_audio_B=~mask_BT.any(1),
