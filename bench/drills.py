@@ -136,7 +136,7 @@ def wait_for_restart(lab: Lab, process: subprocess.Popen[str]) -> None:
     """Returns when a run that lost a worker has done a step again."""
     deadline = time.monotonic() + LIMIT_S
     restarts = lab.run_dir / "restarts.jsonl"
-    while not restarts.exists() or lab.last_step() <= lab.went_on_after():
+    while not restarts.exists() or not lab.went_on_after() or lab.last_step() <= lab.went_on_after():
         assert process.poll() is None, lab.told()
         assert time.monotonic() < deadline, "no restart"
         time.sleep(0.1)
