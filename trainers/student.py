@@ -165,6 +165,10 @@ class Student:
         """Processor time of all ranks so far."""
         return sum(self._call(self.group.cpu_seconds(), "the ranks' clocks"))
 
+    def peak_memory(self) -> list[dict[str, float]]:
+        """Of each rank (see `opd.peak_memory`)."""
+        return self._call(self.group.peak_memory(), "the ranks' memory")
+
     def close(self) -> None:
         """Ends the ranks and frees what Ray has set aside for them."""
         for worker in self.group.workers:
