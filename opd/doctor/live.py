@@ -282,7 +282,8 @@ def check_step(examined: Examined) -> Finding | str:
         sums = live.student.update(live.rollout, live.scores.refs, 1)
     else:
         sums = live.student.update_sft(live.batch, 1)
-    began, timed = time.perf_counter(), []
+    began = time.perf_counter()
+    timed: list[dict[str, float]] = []
     while not timed or (len(timed) < TIMED_STEPS and time.perf_counter() - began < TIMED_FOR_S):
         timed.append(_timed_step(live, 2 + len(timed)))
     live.seconds |= {name: float(np.median([one[name] for one in timed])) for name in timed[0]}
