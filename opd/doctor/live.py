@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from opd.doctor.cost import check_memory, check_time
 from opd.doctor.report import Check, Finding
-from opd.doctor.static import GB, Examined, _standing
+from opd.doctor.static import Examined, _standing
 from opd.remote import wait
 from opd.resolve import with_run_dir
 from opd.rollout.texts import DraftTexts
@@ -31,7 +31,6 @@ PLACEMENT_LIMIT_S = 30.0
 CALL_LIMIT_S = 100.0
 SAME = 1e-3  # nats a position: a student against itself, computed twice; with less than float32
 SAME_FLOAT32 = 1e-5
-TELL_MEMORY_ABOVE = 0.9
 TIMED_STEPS, TIMED_FOR_S = 5, 8.0
 
 
@@ -164,7 +163,7 @@ def _launch(examined: Examined) -> None:
         live.student = Student(live.config, examined.student_path)
     except Exception as error:
         live.errors["student"] = error
-    # After the student, whose placement sets aside a share of each GPU.
+    # After the student, as in the run (opd/workers.py).
     if examined.with_teacher and all(examined.passed(name) for name in TEACHER_NEEDS):
         try:
             live.teacher = TeacherGroup(live.config, examined.student_path)
@@ -174,7 +173,8 @@ def _launch(examined: Examined) -> None:
 
 def _fresh(examined: Examined) -> str:
     """A student made of `student.init`, for this look only."""
-    assert examined.data is not None, "the training set was opened"
+    if examined.data is None:
+        raise ValueError("student.init: its tokenizer needs the texts of the training manifest, which failed above")
     config = examined.config
     return fresh_student(examined.scratch / "init", config.student.init, examined.data.texts(), config.seed)
 
@@ -312,70 +312,6 @@ def _timed_step(live: Live, step: int) -> dict[str, float]:
     return dict(zip(("rollout", "teacher", "update"), np.diff(times).tolist(), strict=True))
 
 
-# -- what a run will take ----------------------------------------------------------------------------------------------
-
-
-def check_time(examined: Examined) -> str:
-    """Seconds of a step and of the run, from the step by the clock."""
-    live, config = examined.live, examined.config
-    scale = config.train.batch_size / len(live.batch)
-    parts = {name: live.seconds[name] * scale for name in ("rollout", "teacher", "update") if name in live.seconds}
-    step = sum(parts.values())
-    listed = ", ".join(f"{name} {seconds:.3g}" for name, seconds in parts.items())
-    utterances = sum(map(len, examined.eval_sets.values()))
-    evaluation, before = 0.0, 0.0
-    if utterances:
-        part = live.batch[: config.eval.batch_size]
-        began = time.perf_counter()
-        live.student.transcribe(part)
-        middle = time.perf_counter()
-        evaluation = (middle - began) / len(part) * utterances
-        if config.stage == "opd" and config.eval.teacher:
-            live.teacher.transcribe(part)
-            before = (time.perf_counter() - middle) / len(part) * utterances
-    count = 2 + (config.train.num_steps // config.eval.eval_every if config.eval.eval_every else 0)
-    total = config.train.num_steps * step + count * evaluation + before + live.seconds.get("start", 0.0)
-    said = f"{step:.3g} s a step of {config.train.batch_size} utterances ({listed})"
-    if scale != 1:
-        said += f", from one of {len(live.batch)}"
-    return (
-        f"{said}; {config.train.num_steps} steps, {count} evaluations of {utterances} utterances and the start: about "
-        f"{duration(total)}, without checkpoints"
-    )
-
-
-def duration(seconds: float) -> str:
-    """For people."""
-    for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def check_memory(examined: Examined) -> Finding | str:
-    """The most that the workers have taken so far, beside what their machines have."""
-    live, config = examined.live, examined.config
-    peaks = {"student rank": live.student.peak_memory()}
-    if examined.with_teacher and live.teacher is not None:
-        peaks["teacher worker"] = live.teacher.peak_memory()
-    kind = "device" if config.cluster.use_gpu else "host"
-    said = ", ".join(f"{max(p[kind] for p in found) / GB:.2f} GB a {name}" for name, found in peaks.items())
-    longest = max(examined.seconds)
-    said += f" at most, on audio of up to {longest:.1f} s (data.max_seconds={config.data.max_seconds:g})"
-    fix = "lower train.micro_batch_size, eval.batch_size or data.max_seconds; or use fewer workers on a node"
-    if kind == "device":
-        all_peaks = [p for found in peaks.values() for p in found]
-        used = max(1 - p["free"] / p["total"] for p in all_peaks)
-        said += f"; the fullest GPU is at {used:.0%} of {max(p['total'] for p in all_peaks) / GB:.0f} GB"
-    else:
-        # The nodes are taken to be like this one, and the workers to be spread evenly.
-        total = sum(p["host"] for found in peaks.values() for p in found) / config.cluster.num_nodes
-        memory = psutil.virtual_memory().total
-        used = total / memory
-        said += f"; {total / GB:.1f} of {memory / GB:.1f} GB on a node"
-    return Finding("warning", said, fix) if used > TELL_MEMORY_ABOVE else said
-
-
 def check_identity(examined: Examined) -> Finding | str | None:
     """The student as its own teacher: any divergence between the two is 0."""
     live, config = examined.live, examined.config
@@ -410,7 +346,7 @@ LIVE_CHECKS = [
     Check("Ray", check_ray, ("config",), "start Ray (docs/cluster.md), or unset RAY_ADDRESS to start one here"),
     Check("resources", check_resources, ("Ray",), "a larger cluster, or fewer or smaller workers"),
     Check("shared storage", check_shared_paths, ("Ray", "run directory")),
-    Check("student", check_student, ("config", "resources", "student's path", "training manifest")),
+    Check("student", check_student, ("config", "resources", "student's path")),
     Check("teacher", check_teacher, TEACHER_NEEDS, "see the teacher's path, kind and environment"),
     Check("teacher's scores", check_scores, ("student", "teacher", "training manifest")),
     Check("vocabulary", check_vocabulary, ("teacher's scores",), "a teacher with a closer tokenizer, or a lower teacher.min_coverage"),
