@@ -346,7 +346,7 @@ LIVE_CHECKS = [
     Check("Ray", check_ray, ("config",), "start Ray (docs/cluster.md), or unset RAY_ADDRESS to start one here"),
     Check("resources", check_resources, ("Ray",), "a larger cluster, or fewer or smaller workers"),
     Check("shared storage", check_shared_paths, ("Ray", "run directory")),
-    Check("student", check_student, ("config", "resources", "student's path")),
+    Check("student", check_student, ("config", "resources", "student's path"), "mend what the rank says"),
     Check("teacher", check_teacher, TEACHER_NEEDS, "see the teacher's path, kind and environment"),
     Check("teacher's scores", check_scores, ("student", "teacher", "training manifest")),
     Check("vocabulary", check_vocabulary, ("teacher's scores",), "a teacher with a closer tokenizer, or a lower teacher.min_coverage"),
