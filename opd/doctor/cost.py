@@ -1,15 +1,45 @@
-"""What a run will take: its time, from a step by the clock, and its memory."""
+"""What a run will take: its memory, by arithmetic and as measured, and its time, from a step by the clock."""
 
 from __future__ import annotations
 
 import time
 
 import psutil
+import torch
 
 from opd.doctor.report import Finding
 from opd.doctor.static import GB, Examined
+from opd.memory import estimate, peak
 
 TELL_MEMORY_ABOVE = 0.9
+PROCESS = 1.0 * GB  # a Python process with torch and verl, on a host
+SMALLER = "lower train.micro_batch_size, eval.batch_size or data.max_seconds; or use fewer workers on a node"
+
+
+def check_expected_memory(examined: Examined) -> Finding | str:
+    """The most that a run can need, on the longest audio that it allows (opd.memory), beside what there is."""
+    config = examined.config
+    try:
+        found = estimate(config)
+    except ValueError as error:
+        return Finding("warning", f"not known before it runs: {error}", "see the measured memory below")
+    student, teachers = peak(found.student), {name: peak(phases) for name, phases in found.teachers.items()}
+    said = f"at most {student / GB:.2f} GB of tensors a student rank"
+    said += "".join(
+        f", {size / GB:.2f} GB a teacher worker{' ' + name if name else ''}" for name, size in teachers.items()
+    )
+    if config.cluster.use_gpu:
+        needed, kind = found.per_gpu, "GPU"
+        have = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    else:
+        count = config.num_teachers if teachers else 0
+        workers = config.num_ranks * (student + PROCESS) + count * (max(teachers.values(), default=0.0) + PROCESS)
+        needed, kind, have = workers / config.cluster.num_nodes, "node", psutil.virtual_memory().total
+    said += f"; {needed / GB:.1f} GB on a {kind}"
+    if have is None:
+        return f"{said} (there is none here to compare with)"
+    said += f" of {have / GB:.1f} GB"
+    return Finding("warning", said, SMALLER) if needed > TELL_MEMORY_ABOVE * have else said
 
 
 def check_time(examined: Examined) -> str:
@@ -59,7 +89,6 @@ def check_memory(examined: Examined) -> Finding | str:
     said = ", ".join(f"{max(p[kind] for p in found) / GB:.2f} GB a {name}" for name, found in peaks.items())
     longest = max(examined.seconds)
     said += f" at most, on audio of up to {longest:.1f} s (data.max_seconds={config.data.max_seconds:g})"
-    fix = "lower train.micro_batch_size, eval.batch_size or data.max_seconds; or use fewer workers on a node"
     if kind == "device":
         all_peaks = [p for found in peaks.values() for p in found]
         used = max(1 - p["free"] / p["total"] for p in all_peaks)
@@ -70,4 +99,4 @@ def check_memory(examined: Examined) -> Finding | str:
         memory = psutil.virtual_memory().total
         used = total / memory
         said += f"; {total / GB:.1f} of {memory / GB:.1f} GB on a node"
-    return Finding("warning", said, fix) if used > TELL_MEMORY_ABOVE else said
+    return Finding("warning", said, SMALLER) if used > TELL_MEMORY_ABOVE else said

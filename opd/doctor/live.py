@@ -15,7 +15,7 @@ import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from opd.doctor.cost import check_memory, check_time
+from opd.doctor.cost import check_expected_memory, check_memory, check_time
 from opd.doctor.report import Check, Finding
 from opd.doctor.static import Examined, _standing
 from opd.remote import wait
@@ -343,6 +343,7 @@ def check_identity(examined: Examined) -> Finding | str | None:
 
 TEACHER_NEEDS = ("config", "resources", "student's path", "teacher's environment", "teacher's path")
 LIVE_CHECKS = [
+    Check("expected memory", check_expected_memory, ("config", "student's path")),
     Check("Ray", check_ray, ("config",), "start Ray (docs/cluster.md), or unset RAY_ADDRESS to start one here"),
     Check("resources", check_resources, ("Ray",), "a larger cluster, or fewer or smaller workers"),
     Check("shared storage", check_shared_paths, ("Ray", "run directory")),
@@ -352,6 +353,6 @@ LIVE_CHECKS = [
     Check("vocabulary", check_vocabulary, ("teacher's scores",), "a teacher with a closer tokenizer, or a lower teacher.min_coverage"),
     Check("a step", check_step, ("student", "teacher's scores", "training manifest")),
     Check("time", check_time, ("a step",)),
-    Check("memory", check_memory, ("a step",)),
+    Check("measured memory", check_memory, ("a step",)),
     Check("identity", check_identity, ("student", "training manifest")),
 ]  # fmt: skip

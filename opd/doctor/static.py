@@ -26,6 +26,7 @@ from opd.doctor.report import Check, Finding
 from opd.evaluation import Evaluation
 from opd.hub import check_push
 from opd.metrics import has_wandb_key
+from opd.model_sizes import StudentSizes, student_sizes
 from opd.resolve import portable, resolve, resolve_model, with_run_dir
 from opd.schema import FROZEN_KEYS, Config
 from opd.teachers.environment import check_environments
@@ -60,7 +61,7 @@ class Examined:
         self.seconds: list[float] = []
         self.student_path = ""
         self.teacher_paths: dict[str, str] = {}
-        self.num_parameters = 0
+        self.sizes: StudentSizes | None = None
         self.live: Any = None  # what opd.doctor.live has started
         self.findings: dict[str, Finding] = {}
 
@@ -163,19 +164,16 @@ def check_devices(examined: Examined) -> Finding | str:
 
 def check_student(examined: Examined) -> Finding | str:
     """The student's folder, and its size from its config."""
-    from opd.arkasr import ArkasrConfig, ArkasrForConditionalGeneration
-
-    student = examined.config.student
-    if not student.path:
-        return "a fresh one, made of student.init"
-    path = resolve_model("student.path", student.path, Path(str(with_run_dir(examined.config).run_dir)))
-    if not Path(path).is_dir() and not _is_cached(path):
-        return _not_downloaded("student.path", path)
-    with torch.device("meta"):
-        model = ArkasrForConditionalGeneration(ArkasrConfig.from_pretrained(path))
-    examined.num_parameters = sum(p.numel() for p in model.parameters())
-    examined.student_path = path
-    return f"{path}, {examined.num_parameters:,} parameters"
+    config = examined.config
+    path = config.student.path
+    if path:
+        path = resolve_model("student.path", path, Path(str(with_run_dir(config).run_dir)))
+        if not Path(path).is_dir() and not _is_cached(path):
+            return _not_downloaded("student.path", path)
+        config = dataclasses.replace(config, student=dataclasses.replace(config.student, path=path))
+        examined.student_path = path
+    examined.sizes = student_sizes(config)
+    return f"{path or 'a fresh one, by student.init'}, {examined.sizes.num_parameters:,} parameters"
 
 
 def check_teacher_path(examined: Examined) -> Finding | str | None:
@@ -238,6 +236,8 @@ def check_train_manifest(examined: Examined) -> str:
     config = dataclasses.replace(examined.config, data=dataclasses.replace(examined.config.data, eval_manifests={}))
     examined.data = TrainingData(_only_data(config))
     sizes = {name: len(utterances) for name, utterances in examined.data.sources.items()}
+    if not sizes:
+        return "a stream, which is not looked through"
     shown = " + ".join(f"{name + ': ' if name else ''}{size:,}" for name, size in sizes.items())
     return f"{shown} utterances, {examined.data.num_texts():,} with text"
 
@@ -247,6 +247,7 @@ def check_train_audio(examined: Examined) -> Finding | str:
     assert examined.data is not None, "the training set was opened"
     data, sources = examined.config.data, examined.data.sources
     sample = [u for utterances in sources.values() for u in spread(utterances, max(1, SAMPLE // len(sources)))]
+    sample = sample or examined.data.feed.next_batch(SAMPLE)  # of a stream, its first
     seconds, bad = decoded(sample, data.max_seconds)
     examined.good = [u for u in sample if u.id in seconds]
     examined.seconds = list(seconds.values())
@@ -288,6 +289,7 @@ def check_languages(examined: Examined) -> str | None:
     assert examined.data is not None, "the training set was opened"
     router = Router(examined.config)
     examined.data.check_routes(router, is_new=True)
+    examined.data.check_streamed(router, examined.good)
     if examined.config.stage == "opd" and examined.config.eval.teacher:
         router.check([u for utterances in examined.eval_sets.values() for u in utterances])
     found = {u.language or "none given" for u in examined.good}
@@ -328,19 +330,19 @@ def check_run_dir(examined: Examined) -> str:
     return f"{path} is there" + (f" and goes on after step {step}" if step else "")
 
 
-def disk_needed(config: Config, num_parameters: int) -> float:
-    """Bytes: float32 weights and two moments of AdamW for each checkpoint that is kept or being written, and the export."""
+def disk_needed(config: Config, sizes: StudentSizes) -> float:
+    """Bytes: float32 weights and the two moments of what is trained, for each checkpoint kept or being written; the export."""
     kept = config.checkpoint.keep_last + 1 + bool(config.data.eval_manifests and config.eval.eval_every)
-    return num_parameters * (12.0 * kept + EXPORT_BYTES[config.export.dtype])
+    checkpoint = 4.0 * sizes.num_parameters + 8.0 * sizes.num_trained
+    return kept * checkpoint + sizes.num_parameters * EXPORT_BYTES[config.export.dtype]
 
 
-def check_disk(examined: Examined) -> Finding | str | None:
+def check_disk(examined: Examined) -> Finding | str:
     """Room for the checkpoints of the run and its export."""
-    if not examined.num_parameters:
-        return None  # a fresh student: its size is known once it is made
+    assert examined.sizes is not None, "the student was looked at"
     config = with_run_dir(examined.config)
     place = _standing(Path(str(config.run_dir)))
-    needed, free = disk_needed(config, examined.num_parameters), shutil.disk_usage(place).free
+    needed, free = disk_needed(config, examined.sizes), shutil.disk_usage(place).free
     said = (
         f"{free / GB:.2f} GB free in {place}; checkpoints (keep_last={config.checkpoint.keep_last} and the next) and export "
         f"need about {needed / GB:.2f} GB"

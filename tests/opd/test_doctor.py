@@ -107,7 +107,8 @@ def test_a_good_set_up_is_ok_in_every_row_and_nothing_is_written(visits: dict[st
         "vocabulary",
         "a step",
         "time",
-        "memory",
+        "expected memory",
+        "measured memory",
         "identity",
     } <= found.keys()
     assert not (folder / "good").exists()
@@ -121,7 +122,7 @@ def test_a_good_set_up_is_ok_in_every_row_and_nothing_is_written(visits: dict[st
     assert re.search(
         r"s a step of 8 utterances \(rollout .*, teacher .*, update .*\), from one of 4; 6 steps", found["time"][1]
     )
-    assert "GB a student rank" in found["memory"][1]
+    assert "GB a student rank" in found["measured memory"][1]
     assert "this run can work here" in result.stdout
 
 
