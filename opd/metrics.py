@@ -209,7 +209,7 @@ class _Wandb:
         }
         why = "no API key"
         try:
-            if mode == "online" and _has_wandb_key():
+            if mode == "online" and has_wandb_key():
                 try:
                     self._run = _start_wandb("online", arguments)
                     return
@@ -285,7 +285,7 @@ def _wandb_run_id(run_dir: Path) -> str:
     return run_id
 
 
-def _has_wandb_key() -> bool:
+def has_wandb_key() -> bool:
     """Whether wandb can log in without asking: a key in the environment, or one in .netrc for its server."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True

@@ -39,12 +39,16 @@ class Workers:
     def start(self, student_path: str, *, with_teacher: bool) -> None:
         """The student's ranks and, for on-policy distillation, the teacher; both load at the same time."""
         self._connect(with_student=True, with_teacher=with_teacher)
+        from trainers.cluster import StudentPool
         from trainers.student import Student
 
         with self.timer("start_student"):
+            # Room for the student first: teachers may fill a GPU in twos, and leave no share of it for a rank.
+            pool = StudentPool(self.config.cluster)
+            pool.get_placement_groups()
             if with_teacher:
                 self.teacher = TeacherGroup(self.config, student_path)
-            self.student = Student(self.config, student_path)
+            self.student = Student(self.config, student_path, pool)
             facts = self.student.wait_ready()
         teacher_facts = self._wait_for_teacher() if with_teacher else []
         print(f"student: {student_path}, {facts[0]['num_parameters']:,} parameters on {len(facts)} ranks")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-DRIVER = {"opd.train", "opd.run", "opd.workers"}
+DRIVER = {"opd.train", "opd.run", "opd.workers", "opd.doctor.live"}
 RAY_ALLOWED = DRIVER | {"opd.remote", "opd.teachers.actor"}
 HEAVY = {"vllm", "deepspeed", "wandb", "jiwer", "matplotlib"}
 ONLY_IN = {"wandb": {"opd.metrics"}, "jiwer": {"opd.evaluate"}}

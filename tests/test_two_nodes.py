@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from main_job import command, metrics, run, start, wait_for_step
+from main_job import BIN, ROOT, command, metrics, run, start, wait_for_job_server, wait_for_step
 from safetensors.torch import load_file
 from two_nodes import Nodes, ray_nodes
 
@@ -35,6 +35,23 @@ def test_a_run_over_two_nodes_trains_and_resumes_bit_equal(speech: dict[str, Pat
     resumed = load_file(run_dir / "export" / "model.safetensors")
     assert weights.keys() == resumed.keys()
     assert all(weights[name].equal(resumed[name]) for name in weights)
+
+
+@pytest.mark.nightly
+def test_the_doctor_looks_at_both_nodes_as_a_job_and_gets_the_variables_that_were_named(
+    speech: dict[str, Path], tmp_path: Path
+) -> None:
+    with ray_nodes(tmp_path, dashboard=True) as cluster:
+        wait_for_job_server(cluster.env)
+        client = cluster.env | {"RAY_ADDRESS": cluster.env["DASHBOARD"], "OPD_TRACEBACK": "given along"}
+        arguments = [*command(speech, tmp_path / "run", *TWO_NODES)[3:], "doctor=true", "env=OPD_TRACEBACK"]
+        result = run([str(ROOT / "scripts" / "submit.sh"), *arguments], client)
+        jobs = run([str(BIN / "ray"), "job", "list", "--address", client["RAY_ADDRESS"]], client).stdout
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "run_dir, models and audio are seen from all 2 nodes" in result.stdout
+    assert "this run can work here" in result.stdout
+    assert "'OPD_TRACEBACK': 'given along'" in jobs, "which is why no secret goes this way"
+    assert not (tmp_path / "run").exists()
 
 
 def nodes_of_ranks(run_dir: Path, cluster: Nodes) -> list[str]:

@@ -50,12 +50,13 @@ class StudentGroup(RayWorkerGroup):
 class Student:
     """All ranks of the student. Every call has a limit and says what was waited for when it is over."""
 
-    def __init__(self, config: Config, path: str) -> None:
+    def __init__(self, config: Config, path: str, pool: StudentPool | None = None) -> None:
+        """pool: where the ranks go; None places them now."""
         self.config = config
         self._busy_s = 0.0
         worker = RayClassWithInitArgs(cls=ray.remote(StudentWorker), config=config.to_dict(), path=path)
         worker.update_options({"num_cpus": config.cluster.cpus_per_rank})
-        self.pool = StudentPool(config.cluster)
+        self.pool = pool or StudentPool(config.cluster)
         self.group = StudentGroup(
             self.pool,
             worker,
@@ -164,6 +165,10 @@ class Student:
     def cpu_seconds(self) -> float:
         """Processor time of all ranks so far."""
         return sum(self._call(self.group.cpu_seconds(), "the ranks' clocks"))
+
+    def peak_memory(self) -> list[dict[str, float]]:
+        """Of each rank (see `opd.peak_memory`)."""
+        return self._call(self.group.peak_memory(), "the ranks' memory")
 
     def close(self) -> None:
         """Ends the ranks and frees what Ray has set aside for them."""

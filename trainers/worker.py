@@ -27,6 +27,7 @@ from data.collate import Collator
 from opd.arkasr import blocked_token_ids, load_processor
 from opd.config import config_from_dict
 from opd.export import save_arkasr
+from opd.peak_memory import peak_memory
 from opd.rollout.ctc import CtcHead, save_ctc_head
 from opd.rollout.decode import split, uniforms
 from opd.rollout.forced import forced
@@ -280,6 +281,11 @@ class StudentWorker(Worker):
     def cpu_seconds(self) -> float:
         """Processor time of this process so far, all threads."""
         return time.process_time()
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
+    def peak_memory(self) -> dict[str, float]:
+        """See `opd.peak_memory.peak_memory`."""
+        return peak_memory()
 
     # -- state -----------------------------------------------------------------------------------------------------
 

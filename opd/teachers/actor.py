@@ -193,6 +193,11 @@ class TeacherGroup:
         names = [name for route in self.pools for name in self._names(route)]
         return sum(wait(refs, "the teacher's clocks", self.config.cluster.call_timeout_s, names))
 
+    def peak_memory(self) -> list[dict[str, float]]:
+        """Of each worker (see `opd.peak_memory`)."""
+        refs = [worker.peak_memory.remote() for pool in self.pools.values() for worker in pool]
+        return wait(refs, "the teacher's memory", self.config.cluster.call_timeout_s)
+
     def close(self) -> None:
         """Ends the workers and frees what Ray has set aside for them."""
         for pool in self.pools.values():

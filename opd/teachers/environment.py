@@ -50,8 +50,11 @@ def versions_of(packages: Sequence[str]) -> dict[str, str | None]:
     return versions
 
 
-def check_environments(teachers: dict[str, TeacherConfig]) -> None:
-    """Raises ValueError where an interpreter is missing, lacks a package, or has another torch, Ray or Python."""
+def check_environments(teachers: dict[str, TeacherConfig]) -> dict[str, dict[str, str | None]]:
+    """Versions in each interpreter that a teacher names, by its path.
+
+    Raises ValueError where one is missing, lacks a package, or has another torch, Ray or Python.
+    """
     own = versions_of(PACKAGES)
     seen: dict[str, dict[str, str | None]] = {}
     for teacher in teachers.values():
@@ -68,6 +71,7 @@ def check_environments(teachers: dict[str, TeacherConfig]) -> None:
                 f"teacher.kind=qwen3_asr needs transformers {'.'.join(map(str, QWEN3_ASR_SINCE))} or newer, {where} has "
                 f"{versions['transformers']}: {FIX}, and set teacher.python_path=.venv-teacher/bin/python"
             )
+    return seen
 
 
 def probe(path: str, shown: str) -> dict[str, str | None]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from opd.peak_memory import peak_memory
 from opd.teachers.base import make_teacher
 from opd.teachers.merging import merge_scores
 from opd.types import Batch, TeacherTranscript
@@ -99,3 +100,7 @@ class TeacherWorker:
     def cpu_seconds(self) -> float:
         """Processor time of this process so far, all threads."""
         return time.process_time()
+
+    def peak_memory(self) -> dict[str, float]:
+        """See `opd.peak_memory.peak_memory`."""
+        return peak_memory()

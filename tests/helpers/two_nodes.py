@@ -86,8 +86,13 @@ class Nodes:
 
 
 @contextlib.contextmanager
-def ray_nodes(folder: Path, num_nodes: int = 2, num_cpus: int = 2, **extra: str) -> Iterator[Nodes]:
-    """A cluster of `num_nodes` raylets with `num_cpus` each, started here and ended; `extra` is more environment."""
+def ray_nodes(
+    folder: Path, num_nodes: int = 2, num_cpus: int = 2, *, dashboard: bool = False, **extra: str
+) -> Iterator[Nodes]:
+    """A cluster of `num_nodes` raylets with `num_cpus` each, started here and ended; `extra` is more environment.
+
+    dashboard: with a job server, whose address is `env["DASHBOARD"]`
+    """
     short = Path("/tmp") / f"rn-{os.getpid()}"  # Ray's socket paths are limited to 107 bytes
     token = folder / "token"
     token.write_text(TOKEN)
@@ -98,7 +103,14 @@ def ray_nodes(folder: Path, num_nodes: int = 2, num_cpus: int = 2, **extra: str)
     )  # fmt: skip
     address = f"127.0.0.2:{port}"
     cluster = Nodes(env | {"RAY_ADDRESS": address}, address, folder, num_cpus)
-    head = ["--head", f"--port={port}", f"--temp-dir={short / 'ray'}", "--include-dashboard=false"]
+    head = ["--head", f"--port={port}", f"--temp-dir={short / 'ray'}"]
+    head += (
+        ["--dashboard-host=127.0.0.1", f"--dashboard-port={free_port()}"]
+        if dashboard
+        else ["--include-dashboard=false"]
+    )
+    if dashboard:
+        cluster.env["DASHBOARD"] = f"http://127.0.0.1:{head[-1].partition('=')[2]}"
     try:
         cluster.nodes.append(cluster._start(2, head))
         cluster._wait_for_raylet(cluster.head)

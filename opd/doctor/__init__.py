@@ -1,0 +1,1 @@
+"""python -m opd.doctor recipe=NAME [section.key=value ...]: can this run work here?"""

@@ -1,0 +1,393 @@
+"""What can be said before anything is started: config, environments, devices, models, manifests, disk, accounts."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import os
+import shutil
+import sys
+import tempfile
+import tomllib
+from collections.abc import Sequence
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from packaging.requirements import Requirement
+
+from data.audio import BadAudio, load_audio
+from opd.checkpoint import CONFIG_FILE, LOCK_FILE, RunDir
+from opd.config import PROJECT_ROOT, parts_of
+from opd.doctor.report import Check, Finding
+from opd.evaluation import Evaluation
+from opd.hub import check_push
+from opd.metrics import has_wandb_key
+from opd.model_sizes import StudentSizes, student_sizes
+from opd.resolve import portable, resolve, resolve_model, with_run_dir
+from opd.schema import FROZEN_KEYS, Config
+from opd.teachers.environment import check_environments
+from opd.teachers.routing import Router
+from opd.training_data import TrainingData
+from opd.types import Batch, Utterance
+from opd.validate import validate
+
+SAMPLE = 48  # utterances of the training manifest that are decoded
+EVAL_SAMPLE = 8  # of each evaluation set
+SHOWN = 4  # bad ones that are named
+GB = 1e9
+EXPORT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class Examined:
+    """What the checks look at, and what they leave for those that come after.
+
+    config    of the run; the first one where it stands for several (a ladder, a comparison)
+    good      utterances of the training set that were decoded
+    """
+
+    def __init__(self, config: Config, scratch: Path) -> None:
+        self.whole = config
+        self.scratch = scratch
+        self.parts = [config] if not (config.stages or config.compare) else parts_of(config)
+        self.config = self.parts[0]
+        self.with_teacher = self.config.stage != "sft"
+        self.data: TrainingData | None = None
+        self.eval_sets: dict[str, Batch] = {}
+        self.good: list[Utterance] = []
+        self.seconds: list[float] = []
+        self.student_path = ""
+        self.teacher_paths: dict[str, str] = {}
+        self.sizes: StudentSizes | None = None
+        self.live: Any = None  # what opd.doctor.live has started
+        self.findings: dict[str, Finding] = {}
+
+    def passed(self, name: str) -> bool:
+        """Whether a check has neither failed nor been skipped."""
+        return name not in self.findings or self.findings[name].status not in ("fail", "skipped")
+
+    def close(self) -> None:
+        if self.live is not None:
+            self.live.close()
+
+
+def check_config(examined: Examined) -> Finding | str:
+    """Values that cannot be run, as the run itself refuses them."""
+    for part in examined.parts:
+        validate(part)
+    config = examined.config
+    said = f"stage {config.stage}, {config.num_ranks} student ranks, {config.num_teachers} teacher workers"
+    if len(examined.parts) > 1:
+        return Finding(
+            "warning",
+            f"this config stands for {len(examined.parts)} runs; the first is looked at: {said}",
+            "look at another with its own stage and paths: stages=[] stage=opd student.path=...",
+        )
+    return said
+
+
+# -- environments and devices ------------------------------------------------------------------------------------------
+
+
+def check_packages(_: Any) -> Finding | str:
+    """The packages that pyproject.toml asks for, in this environment."""
+    project = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    missing, other = [], []
+    for requirement in map(Requirement, project["dependencies"]):
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            missing.append(str(requirement))
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            other.append(f"{requirement.name} {version} instead of {requirement.specifier}")
+    install = "install what the project asks for: pip install -e . (make env does it in .venv)"
+    if missing:
+        return Finding("fail", f"{sys.executable} lacks {', '.join(missing)}", install)
+    if other:
+        return Finding("warning", f"{sys.executable} has {', '.join(other)}", install)
+    shown = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "ray", "verl"))
+    return f"Python {sys.version.split()[0]}, {shown}"
+
+
+def check_teacher_environment(examined: Examined) -> str | None:
+    """The interpreter of teacher.python_path, as a run looks at it."""
+    if not examined.with_teacher:
+        return None
+    versions = check_environments(examined.config.teacher.by_route())
+    if not versions:
+        return "the teacher runs in this environment"
+    return "; ".join(f"{path}: torch {v['torch']}, transformers {v['transformers']}" for path, v in versions.items())
+
+
+def check_devices(examined: Examined) -> Finding | str:
+    """Cores, memory and GPUs of this machine."""
+    config = examined.config
+    for key in ("student", "teacher"):
+        wanted = getattr(config, key).attn_implementation
+        in_this = key == "student" or (examined.with_teacher and config.teacher.python_path is None)
+        if wanted == "flash_attention_2" and in_this and util.find_spec("flash_attn") is None:
+            return Finding(
+                "fail", f"{key}.attn_implementation={wanted}: flash-attn is not installed here",
+                f"pip install flash-attn --no-build-isolation, or set {key}.attn_implementation=sdpa",
+            )  # fmt: skip
+    memory = psutil.virtual_memory()
+    cores = len(os.sched_getaffinity(0))
+    here = f"{cores} cores, {memory.available / GB:.1f} of {memory.total / GB:.1f} GB memory free"
+    if config.cluster.use_gpu:
+        if torch.version.cuda is None and torch.version.hip is None:
+            return Finding(
+                "fail", f"cluster.use_gpu=true, but torch {torch.__version__} is a build for CPU",
+                "install the build of torch for your CUDA (README, On a GPU host), or set cluster.use_gpu=false",
+            )  # fmt: skip
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        return f"{here}; GPUs here: {', '.join(names) or 'none (the cluster may have them on other nodes)'}"
+    busy = max(
+        config.cluster.ranks_per_node * config.cluster.threads_per_rank,
+        config.num_teachers * config.cluster.threads_per_teacher // config.cluster.num_nodes
+        if examined.with_teacher
+        else 0,
+    )
+    if busy > cores:
+        return Finding(
+            "warning", f"{here}; up to {busy} threads compute at once, which wait for each other",
+            "lower cluster.ranks_per_node, cluster.threads_per_rank, num_teachers or threads_per_teacher",
+        )  # fmt: skip
+    return here
+
+
+# -- models and manifests ----------------------------------------------------------------------------------------------
+
+
+def check_student(examined: Examined) -> Finding | str:
+    """The student's folder, and its size from its config."""
+    config = examined.config
+    path = config.student.path
+    if path:
+        path = resolve_model("student.path", path, Path(str(with_run_dir(config).run_dir)))
+        if not Path(path).is_dir() and not _is_cached(path):
+            return _not_downloaded("student.path", path)
+        config = dataclasses.replace(config, student=dataclasses.replace(config.student, path=path))
+        examined.student_path = path
+    examined.sizes = student_sizes(config)
+    return f"{path or 'a fresh one, by student.init'}, {examined.sizes.num_parameters:,} parameters"
+
+
+def check_teacher_path(examined: Examined) -> Finding | str | None:
+    """The folder of each teacher."""
+    if not examined.with_teacher:
+        return None
+    run_dir = Path(str(with_run_dir(examined.config).run_dir))
+    for name, teacher in examined.config.teacher.by_route().items():
+        key = f"teacher.routes.{name}.path" if name else "teacher.path"
+        path = resolve_model(key, str(teacher.path), run_dir)
+        if not Path(path).is_dir() and not _is_cached(path):
+            return _not_downloaded(key, path)
+        examined.teacher_paths[name] = path
+    return ", ".join(examined.teacher_paths.values())
+
+
+def _is_cached(repository: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(repository, "config.json"), str)
+
+
+def _not_downloaded(key: str, path: str) -> Finding:
+    return Finding(
+        "fail", f"{key}={path}: not on this machine yet, so the step cannot be tried",
+        f"hf download {path} (on every node, or into a folder that all see), then look again",
+    )  # fmt: skip
+
+
+def spread(utterances: Sequence[Utterance], count: int) -> list[Utterance]:
+    """At most `count` utterances, evenly from the first to the last."""
+    positions = np.unique(np.linspace(0, len(utterances) - 1, min(count, len(utterances))).round().astype(int))
+    return [utterances[position] for position in positions.tolist()]
+
+
+def decoded(utterances: Sequence[Utterance], max_seconds: float) -> tuple[dict[str, float], list[BadAudio]]:
+    """(id -> seconds of those that can be read, errors of the others)."""
+    seconds, bad = {}, []
+    for utterance in utterances:
+        try:
+            seconds[utterance.id] = len(load_audio(utterance, max_seconds=max_seconds)) / 16_000
+        except BadAudio as error:
+            bad.append(error)
+    return seconds, bad
+
+
+def _named(bad: list[BadAudio]) -> str:
+    more = f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+    return "; ".join(map(str, bad[:SHOWN])) + more
+
+
+def _only_data(config: Config) -> Config:
+    """The config with absolute paths of its manifests, whatever the models' are."""
+    student, teacher = dataclasses.replace(config.student, path=None), dataclasses.replace(config.teacher, path=None)
+    return resolve(dataclasses.replace(config, student=student, teacher=teacher))
+
+
+def check_train_manifest(examined: Examined) -> str:
+    """The training set as the run opens it."""
+    config = dataclasses.replace(examined.config, data=dataclasses.replace(examined.config.data, eval_manifests={}))
+    examined.data = TrainingData(_only_data(config))
+    sizes = {name: len(utterances) for name, utterances in examined.data.sources.items()}
+    if not sizes:
+        return "a stream, which is not looked through"
+    shown = " + ".join(f"{name + ': ' if name else ''}{size:,}" for name, size in sizes.items())
+    return f"{shown} utterances, {examined.data.num_texts():,} with text"
+
+
+def check_train_audio(examined: Examined) -> Finding | str:
+    """A sample of the training set's audio is decoded."""
+    assert examined.data is not None, "the training set was opened"
+    data, sources = examined.config.data, examined.data.sources
+    sample = [u for utterances in sources.values() for u in spread(utterances, max(1, SAMPLE // len(sources)))]
+    sample = sample or examined.data.feed.next_batch(SAMPLE)  # of a stream, its first
+    seconds, bad = decoded(sample, data.max_seconds)
+    examined.good = [u for u in sample if u.id in seconds]
+    examined.seconds = list(seconds.values())
+    said = f"{len(sample)} utterances decoded"
+    if bad:
+        share = len(bad) / len(sample)
+        skips = data.on_bad_audio == "skip"
+        limit = f"; data.max_bad_share is {data.max_bad_share:g}" if skips else ""
+        return Finding(
+            "warning" if skips and share <= data.max_bad_share else "fail",
+            f"{said}, {len(bad)} cannot be used ({share:.1%}{limit}): {_named(bad)}",
+            "mend or remove these files (python -m data.validate lists all); or leave them out with data.on_bad_audio=skip, "
+            "as long as they are fewer than data.max_bad_share",
+        )
+    return f"{said}: {np.mean(examined.seconds):.1f} s on average, at most {max(examined.seconds):.1f} s"
+
+
+def check_eval_manifests(examined: Examined) -> Finding | str | None:
+    """The evaluation sets as the run opens them: each line has a reference; a sample of their audio."""
+    data = examined.config.data
+    if not data.eval_manifests:
+        return Finding("warning", "none, so nothing tells whether the student gets better", "set data.eval_manifests")
+    only_eval = dataclasses.replace(data, train_manifest=None, train_manifests={})
+    resolved = _only_data(dataclasses.replace(examined.config, data=only_eval))
+    examined.eval_sets = Evaluation(resolved).sets
+    said, bad = [], []
+    for name, utterances in examined.eval_sets.items():
+        bad += decoded(spread(utterances, EVAL_SAMPLE), data.max_seconds)[1]
+        said.append(f"{name}: {len(utterances):,} utterances with references")
+    if bad:
+        return Finding("fail", f"of a sample, {len(bad)} cannot be used: {_named(bad)}", "mend or remove these files")
+    return "; ".join(said)
+
+
+def check_languages(examined: Examined) -> str | None:
+    """Each utterance has a teacher, which can be told its language."""
+    if not examined.with_teacher:
+        return None
+    assert examined.data is not None, "the training set was opened"
+    router = Router(examined.config)
+    examined.data.check_routes(router, is_new=True)
+    examined.data.check_streamed(router, examined.good)
+    if examined.config.stage == "opd" and examined.config.eval.teacher:
+        router.check([u for utterances in examined.eval_sets.values() for u in utterances])
+    found = {u.language or "none given" for u in examined.good}
+    return f"each utterance has a teacher that takes its language; in the sample: {', '.join(sorted(found))}"
+
+
+# -- disk and accounts -------------------------------------------------------------------------------------------------
+
+
+def _standing(path: Path) -> Path:
+    """The path itself or the nearest folder above it that is there."""
+    return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
+def check_run_dir(examined: Examined) -> str:
+    """Can be made or written, is no other run's, and nobody writes it now. Leaves nothing there."""
+    config = with_run_dir(examined.config)
+    path = Path(str(config.run_dir))
+    place = _standing(path)
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass  # without a name: nothing is to be seen of it
+    except OSError as error:
+        raise ValueError(f"run_dir={path}: {place} cannot be written ({error.strerror})") from error
+    if place != path:
+        return f"{path} can be made"
+    if any(path.iterdir()) and not (path / CONFIG_FILE).exists():
+        raise ValueError(f"run_dir={path}: the directory is not empty and is no run directory")
+    if (path / LOCK_FILE).exists():
+        with open(path / LOCK_FILE, encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"run_dir={path}: another driver ({lock.read().strip()}) writes this run") from error
+    run_dir = RunDir(path, portable(config.to_dict()), config.checkpoint.keep_last, None)
+    run_dir._check_saved_config(config.resume, FROZEN_KEYS)
+    step = run_dir.latest()
+    return f"{path} is there" + (f" and goes on after step {step}" if step else "")
+
+
+def disk_needed(config: Config, sizes: StudentSizes) -> float:
+    """Bytes: float32 weights and the two moments of what is trained, for each checkpoint kept or being written; the export."""
+    kept = config.checkpoint.keep_last + 1 + bool(config.data.eval_manifests and config.eval.eval_every)
+    checkpoint = 4.0 * sizes.num_parameters + 8.0 * sizes.num_trained
+    return kept * checkpoint + sizes.num_parameters * EXPORT_BYTES[config.export.dtype]
+
+
+def check_disk(examined: Examined) -> Finding | str:
+    """Room for the checkpoints of the run and its export."""
+    assert examined.sizes is not None, "the student was looked at"
+    config = with_run_dir(examined.config)
+    place = _standing(Path(str(config.run_dir)))
+    needed, free = disk_needed(config, examined.sizes), shutil.disk_usage(place).free
+    said = (
+        f"{free / GB:.2f} GB free in {place}; checkpoints (keep_last={config.checkpoint.keep_last} and the next) and export "
+        f"need about {needed / GB:.2f} GB"
+    )
+    fix = "free space, choose a run_dir on a larger disk, or lower checkpoint.keep_last"
+    if free < needed:
+        return Finding("fail", said, fix)
+    return Finding("warning", f"{said}, more than half of it", fix) if free < 2 * needed else said
+
+
+def check_accounts(examined: Examined) -> Finding | str:
+    """The Hub, where the export is pushed to it, and W&B."""
+    export, wandb = examined.config.export, examined.config.wandb
+    pushed = "nothing is pushed to the Hub"
+    if export.push:
+        check_push(export.push, export.private)
+        pushed = f"{export.push} can be pushed to"
+    if wandb.mode == "online" and not has_wandb_key():
+        return Finding(
+            "warning", f"{pushed}; wandb.mode=online without an API key: the run is logged offline",
+            "set WANDB_API_KEY, or wandb.mode=offline",
+        )  # fmt: skip
+    return f"{pushed}; W&B {wandb.mode}"
+
+
+CHECKS = [
+    Check("config", check_config, fix="change this value in the recipe or on the command line"),
+    Check(
+        "teacher's environment", check_teacher_environment,
+        fix="make teacher-env, then teacher.python_path=.venv-teacher/bin/python",
+    ),
+    Check("devices", check_devices),
+    Check("student's path", check_student, fix="set student.path to the folder of an ARK-ASR checkpoint, or to its Hub id"),
+    Check("teacher's path", check_teacher_path, fix="set teacher.path to the folder of a checkpoint, or to its Hub id"),
+    Check("training manifest", check_train_manifest, fix="correct the manifest (python -m data.validate) or its path"),
+    Check("training audio", check_train_audio, ("training manifest",)),
+    Check(
+        "evaluation manifests", check_eval_manifests,
+        fix="correct data.eval_manifests: every line needs a `text`; leave a set without references out",
+    ),
+    Check(
+        "languages", check_languages, ("training manifest",),
+        fix="give lines a `language` that the teacher knows, set data.default_language, or teacher.language=auto",
+    ),
+    Check("run directory", check_run_dir, fix="choose a run_dir in a place that can be written, or a new one"),
+    Check("disk", check_disk, ("student's path", "run directory")),
+    Check("accounts", check_accounts, fix="log in with `hf auth login` or set HF_TOKEN; or set export.push=null"),
+]  # fmt: skip

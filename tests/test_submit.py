@@ -1,0 +1,32 @@
+"""scripts/submit.sh: what it refuses before it asks a cluster for anything."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import pytest
+from main_job import ROOT
+
+RUN = ["recipe=tiny", "run_dir=/tmp/run-of-a-job"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["recipe=tiny"], "run_dir=/absolute/path is missing"),
+        (["recipe=tiny", "run_dir=runs/x"], "run_dir=runs/x: a job runs in a temporary copy of this folder"),
+        ([*RUN, "env=HF_TOKEN"], "env=HF_TOKEN: Ray shows a job's variables to everybody who sees the dashboard"),
+        ([*RUN, "env=OMP_NUM_THREADS,WANDB_API_KEY"], "env=WANDB_API_KEY: Ray shows a job's variables"),
+        ([*RUN, "env=NOT_SET_ANYWHERE"], "env=NOT_SET_ANYWHERE: this variable is not set here"),
+        ([*RUN, "env=A=1"], "env=A=1: give names of variables"),
+    ],
+)
+def test_what_cannot_go_well_is_refused(arguments: list[str], message: str) -> None:
+    environment = dict(os.environ) | {"HF_TOKEN": "hidden-value", "WANDB_API_KEY": "hidden-value"}
+    result = subprocess.run(
+        [str(ROOT / "scripts" / "submit.sh"), *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert f"error: {message}" in result.stderr
+    assert "hidden-value" not in result.stdout + result.stderr
