@@ -301,6 +301,7 @@ def blocking_audio(lab: Lab) -> Outcome:
 
 def killed_node(lab: Lab) -> Outcome:
     """One of three nodes loses its power; the ranks that were there come back on the third."""
+    (lab.folder / lab.name).mkdir()
     with ray_nodes(lab.folder / lab.name, num_nodes=3, num_cpus=1) as cluster:
         spread = [
             "cluster.num_nodes=2",

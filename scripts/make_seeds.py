@@ -13,16 +13,27 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# What a seed starts from, where its recipe does not make it.
+BEFORE = {
+    "sentence_student": [
+        "scripts/drop_layers.py", "--model", "seeds/sentence_teacher", "--out", "runs/sentence_student_init",
+        "--encoder", "0", "2", "--decoder", "0", "1",
+    ],
+}  # fmt: skip
 SEEDS = ("tiny_teacher", "tiny_student", "sentence_teacher", "sentence_student")
 
 
 def main() -> int:
     for name in sys.argv[1:] or SEEDS:
         run_dir = ROOT / "runs" / f"seed_{name}"
-        command = [sys.executable, "-m", "opd.train", f"recipe={name}", f"run_dir={run_dir}"]
-        status = subprocess.run(command, cwd=ROOT, check=False).returncode
-        if status:
-            return status
+        commands = [[sys.executable, "-m", "opd.train", f"recipe={name}", f"run_dir={run_dir}"]]
+        if name in BEFORE:
+            shutil.rmtree(ROOT / "runs" / f"{name}_init", ignore_errors=True)
+            commands.insert(0, [sys.executable, *BEFORE[name]])
+        for command in commands:
+            status = subprocess.run(command, cwd=ROOT, check=False).returncode
+            if status:
+                return status
         summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
         last = list(summary["stages"].values())[-1] if "stages" in summary else summary
         copy_seed(Path(last["export_dir"]), ROOT / "seeds" / name)
