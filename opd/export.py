@@ -33,6 +33,7 @@ from opd.hub import check_push, push
 from opd.schema import LoraConfig
 from opd.trainable import choose_trained, plain_state
 from opd.types import DTYPES
+from opd.zero_checkpoint import consolidated, is_zero_checkpoint
 
 CODE_DIR = Path(__file__).parent / "arkasr"
 LM_HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -194,8 +195,6 @@ def export_checkpoint(
     Raises ValueError where there is no such run or checkpoint, naming the steps there are, and as `write_model_card`
     does; both before anything is written.
     """
-    import torch.distributed.checkpoint as dcp
-
     run_dir = Path(run_dir).expanduser().resolve()
     if not (run_dir / "config.yaml").is_file():
         raise ValueError(f"run_dir={run_dir}: there is no run here (no config.yaml)")
@@ -209,18 +208,28 @@ def export_checkpoint(
     start = resolve_path(config["student"]["path"] or str(run_dir / "init"))
     model, processor = load_model(start), load_processor(start)
     lora = LoraConfig(**config.get("lora", {}))
-    choose_trained(model, [], lora)
-    # As the engine names them: the model is a member of what is trained.
-    state = {"model": {f"model.{name}": tensor for name, tensor in model.state_dict().items()}}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is wanted
-        dcp.load(state, checkpoint_id=run_dir / "checkpoints" / f"step-{step:06d}" / "state", no_dist=True)
-    weights = plain_state(state["model"], lora)
+    checkpoint = run_dir / "checkpoints" / f"step-{step:06d}"
+    weights = plain_state(_trained_state(checkpoint, model, lora), lora)
     export = config["export"]
     target = Path(out_dir) if out_dir else run_dir / "export"
     save_arkasr(weights, model.config, processor, target, export["dtype"], export["code"])
     write_model_card(target, facts)
     return target
+
+
+def _trained_state(checkpoint: Path, model: torch.nn.Module, lora: LoraConfig) -> dict[str, torch.Tensor]:
+    """The student as it was trained, from a checkpoint of either engine. `model` may get adapters."""
+    if is_zero_checkpoint(checkpoint):
+        return consolidated(checkpoint)
+    import torch.distributed.checkpoint as dcp
+
+    choose_trained(model, [], lora)
+    # As the engine names them: the model is a member of what is trained.
+    state = {"model": {f"model.{name}": tensor for name, tensor in model.state_dict().items()}}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is wanted
+        dcp.load(state, checkpoint_id=checkpoint / "state", no_dist=True)
+    return state["model"]
 
 
 def _run_facts(run_dir: Path, config: Mapping[str, Any], step: int) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from opd.trainable import BUCKET_NUMEL
 GB = 1e9
 FLOAT32 = 4
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+SPARE_SLOTS = 64  # of a row in the rollout's KV cache, at most
 PROMPT_TEXT_TOKENS = 24  # of a prompt, around its audio
 CUDA_CONTEXT = 1.0 * GB  # of one process, with its libraries; typical, not measured here
 
@@ -94,8 +95,13 @@ def student_memory(config: Config, sizes: StudentSizes, lengths: Lengths) -> Pha
     if config.optim.offload:
         stepped = min(stepped, max(BUCKET_NUMEL, sizes.vocab_size * sizes.decoder.width) / ranks)
     step = FLOAT32 * stepped + (0.0 if on_device else 2 * FLOAT32 * stepped)
+    rollout = _rollout(config, sizes, lengths, compute)
+    if config.cluster.use_gpu and rollout:  # keys, values and logits have memory of their own there, for CUDA graphs
+        positions = max(lengths.rollout_rows, lengths.drafted_rows * (lengths.draft + 1))
+        held["rollout's fixed memory"] = rollout.pop("KV cache") + compute * positions * sizes.vocab_size
+        rollout["logits"] -= compute * positions * sizes.vocab_size
     return {
-        "rollout": held | _rollout(config, sizes, lengths, compute),
+        "rollout": held | rollout,
         "update": held | _update(config, sizes, lengths, compute, gradients),
         "optimizer step": held | {"gradients": gradients, "the step's own": step},
     }
@@ -200,7 +206,7 @@ def _rollout(config: Config, sizes: StudentSizes, lengths: Lengths, compute: int
     # The frames and the audio rows are there when the decoder begins.
     decoder = compute * rows * (lengths.prompt + lengths.draft) * _widest(sizes.decoder)
     positions = max(rows, lengths.drafted_rows * (lengths.draft + 1))
-    cache = compute * rows * (lengths.tokens + 16) * 2 * sizes.decoder.key_width * sizes.num_decoder_layers
+    cache = compute * rows * (lengths.tokens + SPARE_SLOTS) * 2 * sizes.decoder.key_width * sizes.num_decoder_layers
     return {
         "gathered weights": compute * sizes.num_parameters,
         "KV cache": cache,
@@ -283,6 +289,8 @@ def peak(phases: Phases) -> float:
 
 def estimate(config: Config) -> Estimate:
     """The estimate of one run. Raises ValueError where the sizes of a model are not known."""
+    if config.engine != "fsdp2":
+        raise ValueError(f"engine={config.engine}: the estimate is that of engine=fsdp2; ask for it with engine=fsdp2")
     sizes = student_sizes(config)
     teachers = {}
     if config.stage != "sft":

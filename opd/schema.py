@@ -163,6 +163,14 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class ZeroConfig:
+    stage: int = key(
+        2, "engine deepspeed: 1 = optimizer state is spread over the ranks | 2 = gradients too | 3 = weights too"
+    )
+    offload_params: bool = key(False, "engine deepspeed, stage 3: true keeps the weights in the host's memory")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     num_steps: int = key(1000, "optimizer steps")
     batch_size: int = key(32, "utterances of a step over all ranks (the global batch)")
@@ -245,7 +253,7 @@ class Config:
     stages: list[str] = key([], "a ladder: names of stages, run one after the other; each starts from the one before")
     ladder: dict[str, Any] = key({}, "stage name -> what differs in it, as section: {key: value}; see opd/ladder.py")
     compare: dict[str, Any] = key({}, "arms that are measured against each other; see opd/compare.py")
-    engine: str = key("fsdp2", "how the student is trained: fsdp2")
+    engine: str = key("fsdp2", "how the student is spread over the ranks: fsdp2 | deepspeed (ZeRO)")
     run_dir: str | None = key(None, "where everything of this run goes; default runs/<recipe>-<time>")
     resume: str = key("auto", "auto: go on from the newest complete checkpoint | never")
     seed: int = key(0, "seed of everything random")
@@ -260,6 +268,7 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -298,7 +307,7 @@ def _keys_but(section: str, cls: type, *free: str) -> list[str]:
 # memory is saved may change; so may the number of ranks and the size of a batch, when the hardware does: the place in the
 # data is counted in utterances.
 FROZEN_KEYS = [
-    "recipe", "stage", "schedule", "seed", "engine", "lora", "teacher.kind", "teacher.path", "teacher.language",
+    "recipe", "stage", "schedule", "seed", "engine", "zero", "lora", "teacher.kind", "teacher.path", "teacher.language",
     "teacher.prompt", "teacher.routes", "teacher.dtype", "teacher.gate_max_wer", "data.train_manifest",
     "data.train_manifests", "data.default_language", "data.sorted_epochs", "data.group_by_length", "td", "rollout", "loss",
     "train.num_steps", "eval.normaliser",

@@ -19,7 +19,7 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 PROMPT_FORMS = {"text": str, "chat": list, "transcription": dict}
 _CHOICES = {
     "stage": STAGES, "rollout.source": ("student", "manifest"), "rollout.draft": ("auto", "reference", "earlier", "ctc", "none"),
-    "engine": ("fsdp2",), "resume": ("auto", "never"), "schedule": ("sync", "one_step_off"),
+    "engine": ("fsdp2", "deepspeed"), "zero.stage": (1, 2, 3), "resume": ("auto", "never"), "schedule": ("sync", "one_step_off"),
     "student.dtype": DTYPES[:2], "teacher.kind": TEACHER_KINDS, "teacher.dtype": DTYPES, "export.dtype": DTYPES,
     "data.on_bad_audio": ("stop", "skip"), "loss.support": ("union", "student", "teacher"),
     "loss.kind": ("forward_kl", "reverse_kl", "jsd", "sampled_kl", "full_kl"),
@@ -57,7 +57,7 @@ def validate(config: Config) -> None:
     """Raises ValueError for values that cannot be run, before anything is started."""
     for dotted, choices in _CHOICES.items():
         if _get(config, dotted) not in choices:
-            raise ValueError(f"{dotted}={_get(config, dotted)}: must be one of {', '.join(choices)}")
+            raise ValueError(f"{dotted}={_get(config, dotted)}: must be one of {', '.join(map(str, choices))}")
     for dotted in _POSITIVE:
         if not _get(config, dotted) > 0:
             raise ValueError(f"{dotted}={_get(config, dotted)}: must be above 0")
@@ -78,6 +78,7 @@ def _validate_parts(config: Config) -> None:
     if len(config.student.freeze) == 3:
         raise ValueError("student.freeze: encoder, adapter and decoder are all frozen, nothing is left to train")
     _validate_lora(config)
+    _validate_engine(config)
     if (config.student.path is None) == (not config.student.init):
         raise ValueError(
             "student: give either student.path (a model to start from) or student.init (sizes of a new one)"
@@ -150,6 +151,17 @@ def _validate_streams(config: Config) -> None:
             raise ValueError(
                 f"{what}: not with {streamed[0]}, which is a stream; leave stream=true out, or import it first"
             )
+
+
+def _validate_engine(config: Config) -> None:
+    """What an engine cannot do."""
+    if config.engine != "deepspeed" and dataclasses.astuple(config.zero) != (2, False):
+        raise ValueError(f"zero: these keys are those of engine=deepspeed; leave them out with engine={config.engine}")
+    if config.engine == "deepspeed" and config.zero.offload_params and config.zero.stage != 3:
+        raise ValueError(
+            f"zero.offload_params=true: with zero.stage={config.zero.stage} every rank computes with all weights, so "
+            "they must be on its device; set zero.stage=3"
+        )
 
 
 def _validate_lora(config: Config) -> None:

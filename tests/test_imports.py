@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DRIVER = {"opd.train", "opd.run", "opd.workers", "opd.doctor.live"}
 RAY_ALLOWED = DRIVER | {"opd.remote", "opd.teachers.actor"}
 HEAVY = {"vllm", "deepspeed", "wandb", "jiwer", "matplotlib"}
-ONLY_IN = {"wandb": {"opd.metrics"}, "jiwer": {"opd.evaluate"}}
+ONLY_IN = {"wandb": {"opd.metrics"}, "jiwer": {"opd.evaluate"}, "deepspeed": {"trainers.zero", "opd.zero_checkpoint"}}
 
 
 def modules() -> dict[str, Path]:

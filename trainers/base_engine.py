@@ -27,7 +27,7 @@ from opd.types import DTYPES
 from trainers.offload import OffloadedAdamW
 
 Head = Callable[[torch.Tensor, torch.Tensor], Any]
-Objective = Callable[[nn.Module, Any], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+Objective = Callable[[Callable[..., Any], Any], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
 class NonFiniteError(RuntimeError):
@@ -89,10 +89,11 @@ def learning_rate_factor(step: int, optim: OptimConfig, num_steps: int) -> float
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; norms, biases and other 1-D parameters do not."""
     trained = [p for p in module.parameters() if p.requires_grad]
-    return [
+    groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
+    return [group for group in groups if group["params"]]  # under LoRA alone there is nothing but matrices
 
 
 class StudentEngine(BaseEngine):
@@ -118,6 +119,8 @@ class StudentEngine(BaseEngine):
         with_ctc = self.config.loss.ctc_weight > 0
         student = TrainedStudent(model, model.config.vocab_size if with_ctc else 0)
         self.module = self._wrap(student)
+        # What computes the loss is called through this; an engine may put something around the module.
+        self.trained: Callable[..., Any] = self.module
         self.optimizer = self._build_optimizer()
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
@@ -130,13 +133,16 @@ class StudentEngine(BaseEngine):
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         optim = self.config.optim
-        return (OffloadedAdamW if optim.offload else torch.optim.AdamW)(
+        return self._optimizer_class()(
             parameter_groups(self.module, optim.weight_decay),
             lr=optim.lr,
             betas=(optim.betas[0], optim.betas[1]),
             eps=optim.eps,
             foreach=True,  # one dispatch per operation instead of one per parameter
         )
+
+    def _optimizer_class(self) -> type[torch.optim.AdamW]:
+        return OffloadedAdamW if self.config.optim.offload else torch.optim.AdamW
 
     # -- one training step -----------------------------------------------------------------------------------------
 
@@ -158,10 +164,10 @@ class StudentEngine(BaseEngine):
         positions = counts[0].clamp(min=1.0).item()
         data = data + [data[-1].untrained()] * (int(counts[1:].max()) - len(data))
         sums: dict[str, torch.Tensor] = {}
-        for micro in data:
-            loss_sum, micro_sums = loss_function(self.module, micro)
+        for index, micro in enumerate(data):
+            loss_sum, micro_sums = loss_function(self.trained, micro)
             if not forward_only:
-                (loss_sum * (self.world_size / positions)).backward()
+                self.backward(loss_sum * (self.world_size / positions), is_last=index == len(data) - 1)
             for name, value in (micro_sums | {"loss": loss_sum}).items():
                 sums[name] = sums.get(name, 0) + value.detach().double()
         totals = self.reduce_sums(sums)
@@ -174,15 +180,23 @@ class StudentEngine(BaseEngine):
         self.optimizer_zero_grad()
         totals = self.forward_backward_batch(data, loss_function)
         totals["lr"] = self.scheduler.get_last_lr()[0]
-        grad_norm = self.clip_gradient()
-        totals["grad_norm"] = grad_norm
-        if not (math.isfinite(totals["loss"]) and math.isfinite(grad_norm)):
-            self.optimizer_zero_grad()
-            raise NonFiniteError(f"loss {totals['loss']}, gradient norm {grad_norm}")
-        self.optimizer_step()
+        totals["grad_norm"] = self.clip_and_step() if math.isfinite(totals["loss"]) else math.nan
         self.optimizer_zero_grad()  # the next rollout needs the memory
+        if not math.isfinite(totals["grad_norm"]):
+            raise NonFiniteError(f"loss {totals['loss']}, gradient norm {totals['grad_norm']}")
         self.lr_scheduler_step()
         return totals
+
+    def backward(self, loss: torch.Tensor, is_last: bool) -> None:
+        """Adds the gradient of a micro-batch to what there is; the last one of a step comes before `clip_and_step`."""
+        loss.backward()
+
+    def clip_and_step(self) -> float:
+        """Clips the gradient and, where it is finite, takes the optimizer's step. Returns the norm before clipping."""
+        grad_norm = self.clip_gradient()
+        if math.isfinite(grad_norm):
+            self.optimizer_step()
+        return grad_norm
 
     def clip_gradient(self) -> float:
         """Clips to optim.max_grad_norm and returns the norm before clipping, the same on all ranks."""
@@ -261,23 +275,28 @@ class StudentEngine(BaseEngine):
 
     def generate_forward(self, **inputs: Any) -> Any:
         """The plain model forward, for decoding."""
-        return self.module(**inputs)[0]
+        return self.generation_module(**inputs)[0]
 
     def encode(self, audios: torch.Tensor, audio_mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the encoder makes of a batch of audio, in place of it in later forwards. In generation_mode."""
-        encoded_BED, _, mask_BE = self.module(encode_only=True, audios=audios, audio_mask=audio_mask)
+        encoded_BED, _, mask_BE = self.generation_module(encode_only=True, audios=audios, audio_mask=audio_mask)
         assert mask_BE is not None, "the encoder was given a mask"
         return {"encoded_BED": encoded_BED, "encoded_mask_BE": mask_BE}
 
     def decoder_steps(self) -> DecoderSteps | GraphSteps | None:
         """What computes the later forwards of a rollout in less time; None where only the modules can. In generation_mode."""
-        model = self.module.model
+        model = self.generation_module.model
         if not can_step(model):
             return None
         if get_device_name() != "cuda":
             return DecoderSteps(model)
         self._graph_steps = GraphSteps(model) if self._graph_steps is None else self._graph_steps.bind(model)
         return self._graph_steps
+
+    @property
+    def generation_module(self) -> nn.Module:
+        """The student with whole weights, in generation_mode."""
+        return self.module
 
     # -- state -----------------------------------------------------------------------------------------------------
 
@@ -328,6 +347,11 @@ class StudentEngine(BaseEngine):
 
     def is_mp_src_rank_with_outputs(self) -> bool:
         return True
+
+
+def num_elements(parameter: torch.Tensor) -> int:
+    """Elements of a parameter over all ranks, one that ZeRO-3 has taken apart included."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def init_process_group(timeout_s: float, use_gpu: bool) -> None:

@@ -34,7 +34,7 @@ from opd.rollout.forced import forced
 from opd.rollout.speculative import RolloutCounts, forward_cost, speculate
 from opd.types import DTYPES, Batch, Rollout, TeacherScore
 from opd.vocab import blocked_mask
-from trainers.base_engine import init_process_group
+from trainers.base_engine import init_process_group, num_elements
 from trainers.cluster import check_interface
 from trainers.fsdp2 import MODEL_TYPE
 from trainers.loader import PromptLoader
@@ -69,6 +69,8 @@ class StudentWorker(Worker):
         check_interface(self.config.cluster)
         init_process_group(self.config.cluster.collective_timeout_s, self.config.cluster.use_gpu)
         joined = time.perf_counter()
+        if self.config.engine == "deepspeed":
+            import trainers.zero  # noqa: F401  registers the engine; DeepSpeed takes seconds to import
         self.processor = load_processor(self.path)
         self.engine = EngineRegistry.new(MODEL_TYPE, self.config.engine, config=self.config, path=self.path)
         self.engine.initialize()
@@ -80,7 +82,7 @@ class StudentWorker(Worker):
         self.loader = PromptLoader(
             collator, self.processor, self.config.data.num_threads, self.config.data.read_timeout_s
         )
-        decoder_size = sum(p.numel() for p in self.engine.module.model.model.parameters())
+        decoder_size = sum(map(num_elements, self.engine.module.model.model.parameters()))
         self.forward_cost = forward_cost(
             decoder_size,
             self.engine.model_config.num_hidden_layers,
@@ -95,8 +97,8 @@ class StudentWorker(Worker):
             "rank": self.rank,
             "pid": os.getpid(),
             "node": socket.gethostname(),
-            "num_parameters": sum(p.numel() for p in parameters),
-            "num_trained": sum(p.numel() for p in parameters if p.requires_grad),
+            "num_parameters": sum(map(num_elements, parameters)),
+            "num_trained": sum(num_elements(p) for p in parameters if p.requires_grad),
             "seconds_join": joined - began,
             "seconds_build": time.perf_counter() - joined,
         }
@@ -169,7 +171,7 @@ class StudentWorker(Worker):
         prompts = {name: value for name, value in inputs.items() if name not in audio}
         prompts |= self.engine.encode(inputs["audios"], inputs["audio_mask"])
         if ctc_head is not None:
-            frames_BED = self.engine.module.model.audio_encoder.layer_norm(prompts["encoded_BED"])
+            frames_BED = self.engine.generation_module.model.audio_encoder.layer_norm(prompts["encoded_BED"])
             heard = ctc_head.drafts(frames_BED, prompts["encoded_mask_BE"])
             given = [ids or ctc_ids for ids, ctc_ids in zip(given, heard, strict=True)]
         return prompts, given
@@ -320,7 +322,7 @@ class StudentWorker(Worker):
             )  # fmt: skip
         if self.engine.module.ctc_head is not None and self.config.export.ctc_head:
             with self.engine.generation_mode():
-                weight, bias = (p.detach().float().cpu() for p in self.engine.module.ctc_head.parameters())
+                weight, bias = (p.detach().float().cpu() for p in self.engine.generation_module.ctc_head.parameters())
             if self.rank == 0:
                 save_ctc_head(Path(out_dir), weight, bias, DTYPES[self.config.export.dtype])
         dist.barrier()

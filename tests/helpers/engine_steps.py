@@ -27,7 +27,8 @@ class LayeredEngine(FSDP2Engine):
     min_group_numel = 1
 
 
-def make_config(path: Path, stage: str = "sft", **sections: dict[str, Any]) -> Config:
+def make_config(path: Path, stage: str = "sft", **sections: Any) -> Config:
+    """`sections` are laid over what tests need; `engine` may be among them."""
     values: dict[str, Any] = {
         "recipe": "test",
         "stage": stage,
@@ -40,7 +41,7 @@ def make_config(path: Path, stage: str = "sft", **sections: dict[str, Any]) -> C
         "loss": {"top_k": 8, "ctc_weight": 0.5 if stage == "sft" else 0.0},
     }
     for name, keys in sections.items():
-        values[name] = values.get(name, {}) | keys
+        values[name] = values.get(name, {}) | keys if isinstance(keys, dict) else keys
     return config_from_dict(values)
 
 

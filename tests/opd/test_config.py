@@ -73,7 +73,7 @@ def test_overrides_win_over_the_recipe() -> None:
             "student.init .* not with hf:a",
         ),
         (["recipe=tiny", "loss.kind=mse"], "loss.kind=mse: must be one of forward_kl"),
-        (["recipe=tiny", "engine=megatron"], "engine=megatron: must be one of fsdp2"),
+        (["recipe=tiny", "engine=megatron"], "engine=megatron: must be one of fsdp2, deepspeed"),
         (["recipe=tiny", "train.batch_size=31"], "does not divide over 2 ranks.*train.batch_size=30"),
         (["recipe=tiny", "train.micro_batch_size=7"], "does not divide the 16 utterances.*train.micro_batch_size=4"),
         (["recipe=tiny", "loss.kind=sampled_kl"], "rollout.temperature above 0"),
