@@ -46,6 +46,7 @@ from opd.rollout.steps import DecoderSteps
 from opd.rollout.texts import DraftTexts
 from opd.schema import Config
 from opd.teachers.arkasr import ArkasrTeacher
+from opd.trainable import choose_trained
 from opd.types import Batch, TeacherScore
 from trainers.env import set_verl_env
 
@@ -103,7 +104,7 @@ class OurSide:
 
         self.config, self.parts = config, objectives
         model = load_model(config.student.path, attn_implementation=config.student.attn_implementation)
-        base_engine.freeze(model, config.student.freeze)
+        choose_trained(model, config.student.freeze, config.lora)
         self.module = base_engine.TrainedStudent(model)
         self.processor = load_processor(config.student.path)
         tokenizer, vocab_size = self.processor.tokenizer, model.config.vocab_size
