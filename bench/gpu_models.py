@@ -80,7 +80,7 @@ def make_model(
             model = ArkasrForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(before)
-    model = model.to(device, dtype).eval()
+    model.eval()  # not .to(dtype): rotary frequencies stay in float32, as in a checkpoint that is loaded
     with torch.no_grad():
         model.model.embed_tokens.weight.normal_(std=3.0 / decoder_sizes["hidden_size"] ** 0.5)
         # Input and output embedding are one matrix: without the signs each token would be followed by itself.

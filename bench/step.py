@@ -1,6 +1,6 @@
 """A whole step of on-policy distillation on the tiny task, against the same step made of plain parts.
 
-    python -m bench.step [--json FILE] [--steps 16] [--epoch 0] [--overhead_steps 60] [--threads 1]
+    python -m bench.step [--json FILE] [--steps 16] [--epoch 0] [--overhead_steps 60] [--threads 1] [section.key=value ...]
 
 Both sides start from mel features of real synthetic speech and end with updated weights, in one process. The other side
 is what one would write with transformers: greedy `generate` with its KV cache, both models' logits at all positions of
@@ -46,6 +46,7 @@ from opd.rollout.steps import DecoderSteps
 from opd.rollout.texts import DraftTexts
 from opd.schema import Config
 from opd.teachers.arkasr import ArkasrTeacher
+from opd.trainable import choose_trained
 from opd.types import Batch, TeacherScore
 from trainers.env import set_verl_env
 
@@ -103,7 +104,7 @@ class OurSide:
 
         self.config, self.parts = config, objectives
         model = load_model(config.student.path, attn_implementation=config.student.attn_implementation)
-        base_engine.freeze(model, config.student.freeze)
+        choose_trained(model, config.student.freeze, config.lora)
         self.module = base_engine.TrainedStudent(model)
         self.processor = load_processor(config.student.path)
         tokenizer, vocab_size = self.processor.tokenizer, model.config.vocab_size
@@ -268,13 +269,13 @@ def milliseconds(steps: list[Step], phase: str) -> float:
     return 1e3 * statistics.median(step.cpu_seconds[phase] for step in steps)
 
 
-def overhead(num_steps: int) -> tuple[Row, str]:
+def overhead(prefix: str, num_steps: int, keys: list[str]) -> tuple[Row, str]:
     """A real run of the recipe; the rest of a step beside what its workers were at work."""
     with tempfile.TemporaryDirectory() as name:
         run_dir = Path(name) / "run"
         command = [
             sys.executable, "-m", "opd.train", "recipe=tiny", f"run_dir={run_dir}", f"train.num_steps={num_steps}",
-            "data.eval_manifests={}", "wandb.mode=disabled",
+            "data.eval_manifests={}", "wandb.mode=disabled", *keys,
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -283,7 +284,7 @@ def overhead(num_steps: int) -> tuple[Row, str]:
     steps = [line for line in lines if "time/overhead" in line][WARM_UP:]
     median = {key: statistics.median(step[key] for step in steps) for key in ("time/step", "time/overhead")}
     busy_s = statistics.median(step["time/step"] - step["time/overhead"] for step in steps)
-    row = Row("step/overhead", median["time/step"], OVERHEAD_OTHER, busy_s, busy_s / median["time/step"])
+    row = Row(f"{prefix}/overhead", median["time/step"], OVERHEAD_OTHER, busy_s, busy_s / median["time/step"])
     share = median["time/overhead"] / median["time/step"]
     return (
         row,
@@ -293,14 +294,16 @@ def overhead(num_steps: int) -> tuple[Row, str]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.step", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("keys", nargs="*", metavar="section.key=value", help="what differs from recipe=tiny")
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
+    parser.add_argument("--prefix", default="step", help="of the cases' names; another one for another task")
     parser.add_argument("--steps", type=int, default=16, help="timed steps of a case")
     parser.add_argument("--epoch", type=int, default=0, help="batches of an epoch; 0 = all utterances of the recipe")
     parser.add_argument("--overhead_steps", type=int, default=60, help="steps of the real run; 0 = leave it out")
     parser.add_argument("--threads", type=int, default=1, help="as a rank of the recipe has")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    config = resolve(load_config(["recipe=tiny"]))
+    config = resolve(load_config(["recipe=tiny", *options.keys]))
     utterances = read_manifest(str(config.data.train_manifest))
     size = config.train.batch_size
     per_epoch = options.epoch or len(utterances) // size
@@ -319,20 +322,23 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(row)
         notes[row.case] = note
 
-    add(*compare("step/first_epoch", ours, other, batches, options.steps))
+    add(*compare(f"{options.prefix}/first_epoch", ours, other, batches, options.steps))
     for _ in range(per_epoch - options.steps - 1):
         batch = batches()
         ours.step(batch, ours.prepare(batch)[0], ours.drafts.of(batch), update=True)
-    add(*compare("step/later_epoch", ours, other, batches, options.steps))
+    add(*compare(f"{options.prefix}/later_epoch", ours, other, batches, options.steps))
     first = min(1.0, per_epoch / config.train.num_steps)
     own_s, other_s = (first * getattr(rows[0], n) + (1 - first) * getattr(rows[1], n) for n in ("ours_s", "other_s"))
-    add(Row("step/tiny", own_s, OTHER, other_s, other_s / own_s), f"{first:.0%} of the steps are of the first epoch")
+    add(
+        Row(f"{options.prefix}/tiny", own_s, OTHER, other_s, other_s / own_s),
+        f"{first:.0%} of the steps are of the first epoch",
+    )
     failed = [f"{row.case}: {row.ratio:.2f} times as fast, target {TARGET:g}" for row in rows if row.ratio < TARGET]
     if options.overhead_steps:
-        add(*overhead(options.overhead_steps))
+        add(*overhead(options.prefix, options.overhead_steps, options.keys))
         beyond = rows[-1].ours_s - rows[-1].other_s
         if beyond > MAX_OVERHEAD_S and beyond > MAX_OVERHEAD_SHARE * rows[-1].ours_s:
-            failed.append(f"step/overhead: {beyond * 1e3:.0f} ms, target {MAX_OVERHEAD_S * 1e3:.0f} ms or 15 %")
+            failed.append(f"{rows[-1].case}: {beyond * 1e3:.0f} ms, target {MAX_OVERHEAD_S * 1e3:.0f} ms or 15 %")
     print_rows(rows, notes)
     if options.json:
         write_json(rows, options.json)

@@ -213,6 +213,8 @@ def peak_mb(case: str, side: str, folder: str, threads: int) -> float:
     """Megabytes that a side needs; in a process that is new."""
     torch.set_num_threads(threads)
     scene = SCENES[case](folder)
+    for parameter in scene.teacher.model.parameters():
+        parameter.sum()  # loaded weights are pages of a file until they are read
     before = reset_peak()
     SIDES[side](scene)
     return (peak_bytes() - before) / 1e6

@@ -238,6 +238,9 @@ def test_a_run_ends_with_summary_table_export_and_metrics(
         assert 32 <= line["support/vuss"] <= 66
         assert line["align/coverage"] == 1.0
         assert line["rollout/forwards"] <= line["rollout/tokens"]
+    for text in (run_dir / "metrics.jsonl").read_text().splitlines():  # `metrics` leaves times out
+        line = json.loads(text)
+        assert "loss/kl" not in line or 0 < line["time/overhead"] < line["time/step"]
     # The second epoch's drafts are the first's rollouts. (That they are saved is what a run that resumes bit-equal shows.)
     assert [line["rollout/accept_rate"] > 0.5 for line in steps] == [False] * 3 + [True] * 3
     assert sorted(p.name for p in (run_dir / "checkpoints").glob("step-*")) == ["step-000004", "step-000006"]

@@ -267,6 +267,7 @@ class StudentEngine(BaseEngine):
             with torch.no_grad():
                 yield
         finally:
+            self._graph_steps = None  # its memory is the update's; the gathered weights come to lie elsewhere anyway
             self.mode = None
 
     @abstractmethod
