@@ -384,7 +384,7 @@ def test_another_batch_size_and_number_of_ranks_go_on_with_the_next_utterance(
     "change",
     [
         "seed=1", "optim.lr=0.5", "train.num_steps=9", "loss.top_k=8", "rollout.temperature=1",
-        "teacher.dtype=bfloat16", "cluster.ranks_per_node=1",
+        "teacher.dtype=bfloat16",
     ],
 )  # fmt: skip
 def test_a_run_is_not_resumed_with_another_config(

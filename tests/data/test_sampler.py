@@ -114,20 +114,22 @@ def test_a_look_ahead_changes_nothing() -> None:
         assert sampler.next_batch(size) == ahead == other.next_batch(size)
 
 
-def test_equal_draws_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a stable sort has them: numpy's quicker one leaves them in any order."""
+@pytest.mark.parametrize("piece", [1, 7, 1 << 16])
+def test_equal_draws_keep_their_order(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    """As a stable sort has them, wherever they meet."""
+    draws = np.random.default_rng(3).integers(0, 50, size=1_000).astype(np.uint64) << np.uint64(8)
 
     class Draws:
         def __init__(self, sequence: np.random.SeedSequence) -> None:
-            self.draws = np.random.default_rng(sequence).integers(0, 50, size=1_000)
+            self.left = draws
 
         def random_raw(self, num: int) -> np.ndarray:
-            return self.draws[:num].astype(np.uint64)
+            drawn, self.left = self.left[:num], self.left[num:]
+            return drawn
 
     monkeypatch.setattr(np.random, "Philox", Draws)
-    draws = Draws(np.random.SeedSequence([3, 0])).random_raw(1_000)
-    expected = sorted(range(1_000), key=lambda i: draws[i])
-    assert EpochSampler(1_000, seed=3).next_batch(1_000) == expected
+    monkeypatch.setattr("data.sampler._PIECE", piece)
+    assert EpochSampler(1_000, seed=3).next_batch(1_000) == np.argsort(draws, kind="stable").tolist()
 
 
 def test_a_look_ahead_into_the_next_epoch_sorts_no_epoch_twice(monkeypatch: pytest.MonkeyPatch) -> None:
