@@ -342,13 +342,14 @@ def check_identity(examined: Examined) -> Finding | str | None:
 
 
 TEACHER_NEEDS = ("config", "resources", "student's path", "teacher's environment", "teacher's path")
+SLOW = f"; a model that takes longer than {CALL_LIMIT_S:g} s to load is no fault, the run waits cluster.start_timeout_s"
 LIVE_CHECKS = [
     Check("expected memory", check_expected_memory, ("config", "student's path")),
     Check("Ray", check_ray, ("config",), "start Ray (docs/cluster.md), or unset RAY_ADDRESS to start one here"),
     Check("resources", check_resources, ("Ray",), "a larger cluster, or fewer or smaller workers"),
     Check("shared storage", check_shared_paths, ("Ray", "run directory")),
-    Check("student", check_student, ("config", "resources", "student's path"), "mend what the rank says"),
-    Check("teacher", check_teacher, TEACHER_NEEDS, "see the teacher's path, kind and environment"),
+    Check("student", check_student, ("config", "resources", "student's path"), f"mend what the rank says{SLOW}"),
+    Check("teacher", check_teacher, TEACHER_NEEDS, f"see the teacher's path, kind and environment{SLOW}"),
     Check("teacher's scores", check_scores, ("student", "teacher", "training manifest")),
     Check("vocabulary", check_vocabulary, ("teacher's scores",), "a teacher with a closer tokenizer, or a lower teacher.min_coverage"),
     Check("a step", check_step, ("student", "teacher's scores", "training manifest")),

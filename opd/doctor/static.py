@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 import tomllib
 from collections.abc import Sequence
 from importlib import metadata, util
@@ -19,7 +20,7 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
-from data.audio import BadAudio, load_audio
+from data.audio import SAMPLING_RATE, BadAudio, load_audio
 from opd.checkpoint import CONFIG_FILE, LOCK_FILE, RunDir
 from opd.config import PROJECT_ROOT, parts_of
 from opd.doctor.report import Check, Finding
@@ -38,6 +39,7 @@ from opd.validate import validate
 SAMPLE = 48  # utterances of the training manifest that are decoded
 EVAL_SAMPLE = 8  # of each evaluation set
 SHOWN = 4  # bad ones that are named
+READ_LIMIT_S = 30.0  # for all files of a sample
 GB = 1e9
 EXPORT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -209,14 +211,29 @@ def spread(utterances: Sequence[Utterance], count: int) -> list[Utterance]:
     return [utterances[position] for position in positions.tolist()]
 
 
-def decoded(utterances: Sequence[Utterance], max_seconds: float) -> tuple[dict[str, float], list[BadAudio]]:
-    """(id -> seconds of those that can be read, errors of the others)."""
-    seconds, bad = {}, []
-    for utterance in utterances:
-        try:
-            seconds[utterance.id] = len(load_audio(utterance, max_seconds=max_seconds)) / 16_000
-        except BadAudio as error:
-            bad.append(error)
+def decoded(
+    utterances: Sequence[Utterance], max_seconds: float, limit_s: float = READ_LIMIT_S
+) -> tuple[dict[str, float], list[BadAudio]]:
+    """(id -> seconds of those that can be read, errors of the others). Raises ValueError for a file that blocks."""
+    seconds: dict[str, float] = {}
+    bad: list[BadAudio] = []
+    at: list[Utterance] = []
+
+    def read() -> None:
+        for utterance in utterances:
+            at.append(utterance)
+            try:
+                seconds[utterance.id] = len(load_audio(utterance, max_seconds=max_seconds)) / SAMPLING_RATE
+            except BadAudio as error:
+                bad.append(error)
+
+    reader = threading.Thread(target=read, daemon=True)  # what blocks must not keep this process from ending
+    reader.start()
+    reader.join(limit_s)
+    if reader.is_alive():
+        raise ValueError(
+            f"{len(utterances)} files were not read within {limit_s:g} s; the reader is at utterance {at[-1].id!r} ({at[-1].audio})"
+        )
     return seconds, bad
 
 
@@ -378,7 +395,7 @@ CHECKS = [
     Check("student's path", check_student, fix="set student.path to the folder of an ARK-ASR checkpoint, or to its Hub id"),
     Check("teacher's path", check_teacher_path, fix="set teacher.path to the folder of a checkpoint, or to its Hub id"),
     Check("training manifest", check_train_manifest, fix="correct the manifest (python -m data.validate) or its path"),
-    Check("training audio", check_train_audio, ("training manifest",)),
+    Check("training audio", check_train_audio, ("training manifest",), "put audio on storage that answers at once"),
     Check(
         "evaluation manifests", check_eval_manifests,
         fix="correct data.eval_manifests: every line needs a `text`; leave a set without references out",

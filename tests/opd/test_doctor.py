@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -281,6 +283,16 @@ def test_bad_audio_within_its_share_is_a_warning(speech: dict[str, Path], tmp_pa
     options = [f"data.train_manifest={spoilt_manifest(speech, tmp_path)}", "data.on_bad_audio=skip"]
     assert findings(look, speech, tmp_path, *options)[1].status == "fail"
     assert findings(look, speech, tmp_path, *options, "data.max_bad_share=0.5")[1].status == "warning"
+
+
+def test_audio_that_blocks_is_named(speech: dict[str, Path], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.wav")
+    first, second, *_ = read_manifest(speech["train"])
+    waiting = dataclasses.replace(second, audio=str(tmp_path / "pipe.wav"))
+    with pytest.raises(ValueError, match=rf"2 files were not read within 0.5 s.*{waiting.id}.*pipe.wav"):
+        static.decoded([first, waiting], 30.0, limit_s=0.5)
+    with open(tmp_path / "pipe.wav", "wb"):  # lets the reader go
+        pass
 
 
 def test_the_sample_runs_through_the_whole_manifest(speech: dict[str, Path]) -> None:
