@@ -47,9 +47,10 @@ def test_the_other_recipes_of_full_size_fit_their_gpus(name: str) -> None:
 def test_every_recipe_has_an_estimate_or_says_why_not(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     failed = main([f"recipe={name}"])
     captured = capsys.readouterr()
-    if failed:  # models that an earlier stage of the recipe makes
-        assert load_config([f"recipe={name}"]).stages
-        assert "stage:" in captured.err and "give a local folder of it" in captured.err
+    if failed:  # models that an earlier stage of the recipe makes, or a script before it
+        config = load_config([f"recipe={name}"])
+        assert config.stages or str(config.student.path).startswith("runs/")
+        assert "give a local folder of it" in captured.err
     else:
         assert "student rank, one of" in captured.out
 
