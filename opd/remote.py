@@ -11,8 +11,10 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from opd.survival import WorkerDied, WorkerHung
 
 SETTLE_S = 5.0  # a rank that dies takes others with it; this long after the first error it is seen who is dead
-# What a rank raises when another is gone or silent in the middle of a collective; other types are its own errors.
-COLLECTIVE_ERRORS = ("RuntimeError", "DistBackendError", "DistNetworkError", "TimeoutError")
+# What a rank raises when another is gone or silent in the middle of a collective; other errors are its own, and the ranks
+# that wait for it then are neither dead nor hung.
+COLLECTIVE_ERRORS = ("DistBackendError", "DistNetworkError")
+COLLECTIVE_WORDS = ("timed out", "timeout", "closed by peer", "connection reset", "gloo", "nccl", "broken pipe")
 
 
 class WorkerError(RuntimeError):
@@ -45,7 +47,7 @@ def wait(refs: Any, what: str, timeout_s: float, names: Sequence[str] = ()) -> A
         if isinstance(cause, ValueError):
             raise ValueError(str(cause)) from error
         kind = type(cause).__name__
-        if kind in COLLECTIVE_ERRORS and len(several) > 1:
+        if _is_of_a_collective(kind, cause) and len(several) > 1:
             dead, silent_names = _state(several, called, SETTLE_S)
             if dead:
                 raise WorkerDied(f"{_listed(dead)} died during {what}") from error
@@ -70,6 +72,11 @@ def _state(refs: list[Any], names: list[str], settle_s: float) -> tuple[list[str
             except Exception:  # what else went wrong is told by the first error
                 pass
     return dead, [name for ref, name in zip(refs, names, strict=True) if ref not in ready]
+
+
+def _is_of_a_collective(kind: str, cause: BaseException) -> bool:
+    text = str(cause).lower()
+    return kind in COLLECTIVE_ERRORS or (kind == "RuntimeError" and any(word in text for word in COLLECTIVE_WORDS))
 
 
 def _listed(names: list[str]) -> str:

@@ -322,7 +322,9 @@ class StudentWorker(Worker):
             )  # fmt: skip
         if self.engine.module.ctc_head is not None and self.config.export.ctc_head:
             with self.engine.generation_mode():
-                weight, bias = (p.detach().float().cpu() for p in self.engine.generation_module.ctc_head.parameters())
+                weight, bias = (
+                    p.detach().float().cpu().clone() for p in self.engine.generation_module.ctc_head.parameters()
+                )
             if self.rank == 0:
                 save_ctc_head(Path(out_dir), weight, bias, DTYPES[self.config.export.dtype])
         dist.barrier()
