@@ -63,12 +63,14 @@ class RunDir:
         resume: str = "auto",
         frozen_keys: list[str] | None = None,
         in_ray_job: bool = False,
+        defaults: dict[str, Any] | None = None,
     ) -> RunDir:
         """Makes or reopens a run directory, takes its lock and saves the resolved config there.
 
         config is plain and nested (`Config.to_dict()`); its `checkpoint.keep_last` says how many of the newest
         checkpoints are kept, beside the best by evaluation. frozen_keys are dotted keys or whole sections that may not
-        differ from the saved config once there is a checkpoint to resume.
+        differ from the saved config once there is a checkpoint to resume; defaults, in the same form, are what keys had that
+        the version which saved it did not know.
 
         Raises ValueError for a relative path inside a Ray job, a path that cannot be written, a directory that is
         not a run directory or belongs to another recipe, a run that another driver is writing, checkpoints in the way
@@ -86,7 +88,7 @@ class RunDir:
         lock_fd = _make_and_lock(path)
         try:
             run = cls(path, config, config.get("checkpoint", {}).get("keep_last", 2), lock_fd)
-            run._check_saved_config(resume, frozen_keys or [])
+            run._check_saved_config(resume, frozen_keys or [], defaults or {})
             run._write(CONFIG_FILE, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
             run._remove_leftovers()
             run._point_latest(run.latest())
@@ -244,11 +246,11 @@ class RunDir:
             self._reported.add(path.name)
             logger.warning("%s: checkpoint skipped, it is damaged: %s", path, problem)
 
-    def _check_saved_config(self, resume: str, frozen_keys: list[str]) -> None:
+    def _check_saved_config(self, resume: str, frozen_keys: list[str], defaults: dict[str, Any]) -> None:
         config_path = self.path / CONFIG_FILE
         if not config_path.exists():
             return
-        saved = _load_config(config_path)
+        saved = _with_defaults(_load_config(config_path), defaults)
         now = yaml.safe_load(yaml.safe_dump(self.config))  # tuples and the like, as they come back from a file
         if saved.get("recipe") != now.get("recipe"):
             raise ValueError(
@@ -342,6 +344,15 @@ def _load_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path}: the saved config is not a mapping of keys to values; choose another run_dir")
     return config
+
+
+def _with_defaults(saved: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The saved config with sections, and keys of sections, that it lacks."""
+    filled = defaults | saved
+    for name, section in defaults.items():
+        if isinstance(section, dict) and isinstance(saved.get(name), dict):
+            filled[name] = section | saved[name]
+    return filled
 
 
 def _changes(saved: dict[str, Any], now: dict[str, Any], frozen_keys: list[str]) -> list[str]:

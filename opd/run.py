@@ -111,8 +111,9 @@ class Run:
         config = resolve(config)
         synthesis = time.perf_counter() - began  # all of it is that, or next to nothing
         run_dir = RunDir.open(
-            str(config.run_dir), portable(config.to_dict()), config.resume, FROZEN_KEYS, in_ray_job=in_ray_job()
-        )
+            str(config.run_dir), portable(config.to_dict()), config.resume, FROZEN_KEYS, in_ray_job=in_ray_job(),
+            defaults=Config().to_dict(),
+        )  # fmt: skip
         run = cls(config, run_dir)
         run.history["synthesis"] = synthesis
         run.history["opened"] = opened

@@ -313,3 +313,14 @@ def test_atomic_write_and_summary(run: RunDir) -> None:
     atomic_write_text(run.path / "note", "é\n")
     assert (run.path / "note").read_bytes() == "é\n".encode()
     assert not list(run.path.glob(".*tmp*"))
+
+
+def test_keys_that_an_older_version_did_not_know_have_their_defaults(run: RunDir) -> None:
+    save(run, 1)
+    run.close()
+    newer = make_config(optim={"lr": 1e-5, "betas": (0.9, 0.95), "offload": False}, zero={"stage": 2})
+    frozen, defaults = [*FROZEN, "zero"], {"optim": {"lr": 1.0, "offload": False}, "zero": {"stage": 2}}
+    RunDir.open(run.path, newer, frozen_keys=frozen, defaults=defaults).close()
+    for changed in ({**newer, "zero": {"stage": 3}}, {**newer, "optim": {**newer["optim"], "offload": True}}):
+        with pytest.raises(ValueError, match=r"zero.stage was 2, is now 3|optim.offload was False, is now True"):
+            RunDir.open(run.path, changed, frozen_keys=frozen, defaults=defaults)
