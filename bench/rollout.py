@@ -1,6 +1,6 @@
 """The student's rollout against transformers' own generate: the same tokens, side by side in one run.
 
-    python -m bench.rollout [--json FILE] [--model seeds/sentence_student] [--batches 4] [--runs 5] [--threads 2]
+    python -m bench.rollout [--json FILE] [--model seeds/sentence_student] [--batches 4] [--large 1] [--runs 5] [--threads 2]
 
 Greedy, float32, batches of 16 spoken sentences whose transcripts have at least 20 tokens, EOS not counted. The drafts are
 the model's own transcripts with word errors (a substitution, deletion or insertion, each as often), or random words
@@ -239,7 +239,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.rollout", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
     parser.add_argument("--model", default=str(ROOT / "seeds" / "sentence_student"), help="an ARK-ASR folder")
-    parser.add_argument("--batches", type=int, default=4, help="batches of 16 (the large model: one)")
+    parser.add_argument("--batches", type=int, default=4, help="batches of 16")
+    parser.add_argument("--large", type=int, default=1, help="batches of the large model; 0 leaves it out")
     parser.add_argument("--runs", type=int, default=5, help="runs of which the median is taken")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(argv)
@@ -247,11 +248,14 @@ def main(argv: list[str] | None = None) -> int:
     rows, notes, failed = [], {}, []
     with torch.inference_mode():
         small = make_scene(options.model, options.batches)
-        model = widen(small.model, 512, 8)
-        decoder_size = sum(p.numel() for p in model.model.parameters())
-        print(f"large: {decoder_size:,} parameters in the decoder")
-        large = Scene(model, small.processor, small.batches[:1], small.responses[:1], small.arguments)
-        for prefix, scene in (("rollout", small), ("rollout_large", large)):
+        scenes = {"rollout": small}
+        if options.large:
+            model = widen(small.model, 512, 8)
+            decoder_size = sum(p.numel() for p in model.model.parameters())
+            print(f"large: {decoder_size:,} parameters in the decoder")
+            part = small.batches[: options.large], small.responses[: options.large]
+            scenes["rollout_large"] = Scene(model, small.processor, *part, small.arguments)
+        for prefix, scene in scenes.items():
             for name, rate in CASES.items():
                 case = f"{prefix}/{name}"
                 row, notes[case], forwards = measure(case, scene, rate, options.runs)

@@ -260,15 +260,15 @@ def test_wandb_that_cannot_start_loses_no_metrics(tmp_path: Path, capsys: pytest
 
 
 def test_key_in_netrc_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from opd.metrics import _has_wandb_key
+    from opd.metrics import has_wandb_key
 
-    assert not _has_wandb_key()
+    assert not has_wandb_key()
     path = Path(os.environ["NETRC"])
     path.touch(mode=0o600)
     path.write_text("machine example.org login user password no\n")
-    assert not _has_wandb_key()
+    assert not has_wandb_key()
     path.write_text(f"machine api.wandb.ai login user password {'0' * 40}\n")
-    assert _has_wandb_key()
+    assert has_wandb_key()
     path.unlink()
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    assert _has_wandb_key()
+    assert has_wandb_key()
