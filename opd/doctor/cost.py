@@ -7,8 +7,8 @@ import time
 import psutil
 import torch
 
+from opd.doctor.examined import GB, Examined
 from opd.doctor.report import Finding
-from opd.doctor.static import GB, Examined
 from opd.memory import estimate, peak
 
 TELL_MEMORY_ABOVE = 0.9
