@@ -17,8 +17,9 @@ from rich.console import Console
 
 from data.command_line import wants_help
 from opd.config import load_config
+from opd.doctor.examined import Examined
 from opd.doctor.report import Check, Finding, examine, print_report, sentence
-from opd.doctor.static import CHECKS, Examined, check_packages
+from opd.doctor.static import CHECKS, check_packages
 
 
 def findings_of(arguments: list[str], scratch: Path) -> tuple[str, dict[str, Finding]]:

@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from opd.doctor.cost import check_expected_memory, check_memory, check_time
 from opd.doctor.report import Check, Finding
-from opd.doctor.static import Examined, _standing
+from opd.doctor.static import Examined, standing
 from opd.remote import wait
 from opd.resolve import with_run_dir
 from opd.rollout.texts import DraftTexts
@@ -116,7 +116,7 @@ def check_shared_paths(examined: Examined) -> Finding | str | None:
     if len(nodes) < 2:
         return None
     config = with_run_dir(examined.config)
-    place = _standing(Path(str(config.run_dir)))
+    place = standing(Path(str(config.run_dir)))
     # A file of its own: a folder of this name may be on every node and yet not be the same one.
     probe = place / f".opd-doctor-{time.time_ns()}"
     paths = [str(probe), examined.student_path, *examined.teacher_paths.values()]

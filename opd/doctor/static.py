@@ -1,4 +1,4 @@
-"""What can be said before anything is started: config, environments, devices, models, manifests, disk, accounts."""
+"""What can be said before anything is started: config, environments, devices, models, disk, accounts; and all CHECKS."""
 
 from __future__ import annotations
 
@@ -8,72 +8,29 @@ import os
 import shutil
 import sys
 import tempfile
-import threading
 import tomllib
-from collections.abc import Sequence
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 from packaging.requirements import Requirement
 
-from data.audio import SAMPLING_RATE, BadAudio, load_audio
 from opd.checkpoint import CONFIG_FILE, LOCK_FILE, RunDir
-from opd.config import PROJECT_ROOT, parts_of
+from opd.config import PROJECT_ROOT
+from opd.doctor.examined import GB, Examined
+from opd.doctor.manifests import check_eval_manifests, check_languages, check_train_audio, check_train_manifest
 from opd.doctor.report import Check, Finding
-from opd.evaluation import Evaluation
 from opd.hub import check_push
 from opd.metrics import has_wandb_key
 from opd.model_sizes import StudentSizes, student_sizes
-from opd.resolve import portable, resolve, resolve_model, with_run_dir
+from opd.resolve import portable, resolve_model, with_run_dir
 from opd.schema import FROZEN_KEYS, Config
 from opd.teachers.environment import check_environments
-from opd.teachers.routing import Router
-from opd.training_data import TrainingData
-from opd.types import Batch, Utterance
 from opd.validate import validate
 
-SAMPLE = 48  # utterances of the training manifest that are decoded
-EVAL_SAMPLE = 8  # of each evaluation set
-SHOWN = 4  # bad ones that are named
-READ_LIMIT_S = 30.0  # for all files of a sample
-GB = 1e9
 EXPORT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-class Examined:
-    """What the checks look at, and what they leave for those that come after.
-
-    config    of the run; the first one where it stands for several (a ladder, a comparison)
-    good      utterances of the training set that were decoded
-    """
-
-    def __init__(self, config: Config, scratch: Path) -> None:
-        self.whole = config
-        self.scratch = scratch
-        self.parts = [config] if not (config.stages or config.compare) else parts_of(config)
-        self.config = self.parts[0]
-        self.with_teacher = self.config.stage != "sft"
-        self.data: TrainingData | None = None
-        self.eval_sets: dict[str, Batch] = {}
-        self.good: list[Utterance] = []
-        self.seconds: list[float] = []
-        self.student_path = ""
-        self.teacher_paths: dict[str, str] = {}
-        self.sizes: StudentSizes | None = None
-        self.live: Any = None  # what opd.doctor.live has started
-        self.findings: dict[str, Finding] = {}
-
-    def passed(self, name: str) -> bool:
-        """Whether a check has neither failed nor been skipped."""
-        return name not in self.findings or self.findings[name].status not in ("fail", "skipped")
-
-    def close(self) -> None:
-        if self.live is not None:
-            self.live.close()
 
 
 def check_config(examined: Examined) -> Finding | str:
@@ -161,7 +118,7 @@ def check_devices(examined: Examined) -> Finding | str:
     return here
 
 
-# -- models and manifests ----------------------------------------------------------------------------------------------
+# -- models ----------------------------------------------------------------------------------------------
 
 
 def check_student(examined: Examined) -> Finding | str:
@@ -205,118 +162,10 @@ def _not_downloaded(key: str, path: str) -> Finding:
     )  # fmt: skip
 
 
-def spread(utterances: Sequence[Utterance], count: int) -> list[Utterance]:
-    """At most `count` utterances, evenly from the first to the last."""
-    positions = np.unique(np.linspace(0, len(utterances) - 1, min(count, len(utterances))).round().astype(int))
-    return [utterances[position] for position in positions.tolist()]
-
-
-def decoded(
-    utterances: Sequence[Utterance], max_seconds: float, limit_s: float = READ_LIMIT_S
-) -> tuple[dict[str, float], list[BadAudio]]:
-    """(id -> seconds of those that can be read, errors of the others). Raises ValueError for a file that blocks."""
-    seconds: dict[str, float] = {}
-    bad: list[BadAudio] = []
-    at: list[Utterance] = []
-
-    def read() -> None:
-        for utterance in utterances:
-            at.append(utterance)
-            try:
-                seconds[utterance.id] = len(load_audio(utterance, max_seconds=max_seconds)) / SAMPLING_RATE
-            except BadAudio as error:
-                bad.append(error)
-
-    reader = threading.Thread(target=read, daemon=True)  # what blocks must not keep this process from ending
-    reader.start()
-    reader.join(limit_s)
-    if reader.is_alive():
-        raise ValueError(
-            f"{len(utterances)} files were not read within {limit_s:g} s; the reader is at utterance {at[-1].id!r} ({at[-1].audio})"
-        )
-    return seconds, bad
-
-
-def _named(bad: list[BadAudio]) -> str:
-    more = f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-    return "; ".join(map(str, bad[:SHOWN])) + more
-
-
-def _only_data(config: Config) -> Config:
-    """The config with absolute paths of its manifests, whatever the models' are."""
-    student, teacher = dataclasses.replace(config.student, path=None), dataclasses.replace(config.teacher, path=None)
-    return resolve(dataclasses.replace(config, student=student, teacher=teacher))
-
-
-def check_train_manifest(examined: Examined) -> str:
-    """The training set as the run opens it."""
-    config = dataclasses.replace(examined.config, data=dataclasses.replace(examined.config.data, eval_manifests={}))
-    examined.data = TrainingData(_only_data(config))
-    sizes = {name: len(utterances) for name, utterances in examined.data.sources.items()}
-    if not sizes:
-        return "a stream, which is not looked through"
-    shown = " + ".join(f"{name + ': ' if name else ''}{size:,}" for name, size in sizes.items())
-    return f"{shown} utterances, {examined.data.num_texts():,} with text"
-
-
-def check_train_audio(examined: Examined) -> Finding | str:
-    """A sample of the training set's audio is decoded."""
-    assert examined.data is not None, "the training set was opened"
-    data, sources = examined.config.data, examined.data.sources
-    sample = [u for utterances in sources.values() for u in spread(utterances, max(1, SAMPLE // len(sources)))]
-    sample = sample or examined.data.feed.next_batch(SAMPLE)  # of a stream, its first
-    seconds, bad = decoded(sample, data.max_seconds)
-    examined.good = [u for u in sample if u.id in seconds]
-    examined.seconds = list(seconds.values())
-    said = f"{len(sample)} utterances decoded"
-    if bad:
-        share = len(bad) / len(sample)
-        skips = data.on_bad_audio == "skip"
-        limit = f"; data.max_bad_share is {data.max_bad_share:g}" if skips else ""
-        return Finding(
-            "warning" if skips and share <= data.max_bad_share else "fail",
-            f"{said}, {len(bad)} cannot be used ({share:.1%}{limit}): {_named(bad)}",
-            "mend or remove these files (python -m data.validate lists all); or leave them out with data.on_bad_audio=skip, "
-            "as long as they are fewer than data.max_bad_share",
-        )
-    return f"{said}: {np.mean(examined.seconds):.1f} s on average, at most {max(examined.seconds):.1f} s"
-
-
-def check_eval_manifests(examined: Examined) -> Finding | str | None:
-    """The evaluation sets as the run opens them: each line has a reference; a sample of their audio."""
-    data = examined.config.data
-    if not data.eval_manifests:
-        return Finding("warning", "none, so nothing tells whether the student gets better", "set data.eval_manifests")
-    only_eval = dataclasses.replace(data, train_manifest=None, train_manifests={})
-    resolved = _only_data(dataclasses.replace(examined.config, data=only_eval))
-    examined.eval_sets = Evaluation(resolved).sets
-    said, bad = [], []
-    for name, utterances in examined.eval_sets.items():
-        bad += decoded(spread(utterances, EVAL_SAMPLE), data.max_seconds)[1]
-        said.append(f"{name}: {len(utterances):,} utterances with references")
-    if bad:
-        return Finding("fail", f"of a sample, {len(bad)} cannot be used: {_named(bad)}", "mend or remove these files")
-    return "; ".join(said)
-
-
-def check_languages(examined: Examined) -> str | None:
-    """Each utterance has a teacher, which can be told its language."""
-    if not examined.with_teacher:
-        return None
-    assert examined.data is not None, "the training set was opened"
-    router = Router(examined.config)
-    examined.data.check_routes(router, is_new=True)
-    examined.data.check_streamed(router, examined.good)
-    if examined.config.stage == "opd" and examined.config.eval.teacher:
-        router.check([u for utterances in examined.eval_sets.values() for u in utterances])
-    found = {u.language or "none given" for u in examined.good}
-    return f"each utterance has a teacher that takes its language; in the sample: {', '.join(sorted(found))}"
-
-
 # -- disk and accounts -------------------------------------------------------------------------------------------------
 
 
-def _standing(path: Path) -> Path:
+def standing(path: Path) -> Path:
     """The path itself or the nearest folder above it that is there."""
     return next(parent for parent in (path, *path.parents) if parent.exists())
 
@@ -325,7 +174,7 @@ def check_run_dir(examined: Examined) -> str:
     """Can be made or written, is no other run's, and nobody writes it now. Leaves nothing there."""
     config = with_run_dir(examined.config)
     path = Path(str(config.run_dir))
-    place = _standing(path)
+    place = standing(path)
     try:
         with tempfile.TemporaryFile(dir=place):
             pass  # without a name: nothing is to be seen of it
@@ -358,7 +207,7 @@ def check_disk(examined: Examined) -> Finding | str:
     """Room for the checkpoints of the run and its export."""
     assert examined.sizes is not None, "the student was looked at"
     config = with_run_dir(examined.config)
-    place = _standing(Path(str(config.run_dir)))
+    place = standing(Path(str(config.run_dir)))
     needed, free = disk_needed(config, examined.sizes), shutil.disk_usage(place).free
     said = (
         f"{free / GB:.2f} GB free in {place}; checkpoints (keep_last={config.checkpoint.keep_last} and the next) and export "

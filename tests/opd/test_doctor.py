@@ -19,9 +19,9 @@ from main_job import ONE_RANK, ROOT, command, run
 
 from data.manifest import read_manifest
 from opd.config import load_config
-from opd.doctor import static
+from opd.doctor import manifests, static
+from opd.doctor.examined import Examined
 from opd.doctor.report import Check, Finding, examine
-from opd.doctor.static import Examined
 
 Table = dict[str, tuple[str, str]]
 
@@ -212,7 +212,7 @@ def findings(look: list[Callable], speech: dict[str, Path], tmp_path: Path, *ove
             "teacher.kind=qwen3_asr needs transformers 5.13 or newer", "teacher.python_path=.venv-teacher/bin/python",
         ),
         (static.check_run_dir, ["run_dir=/proc/nothing/run"], "/proc cannot be written", "choose a run_dir"),
-        (static.check_train_manifest, ["data.train_manifest=nowhere.jsonl"], "nowhere.jsonl cannot be read", "correct"),
+        (manifests.check_train_manifest, ["data.train_manifest=nowhere.jsonl"], "nowhere.jsonl cannot be read", "correct"),
         (
             static.check_devices, ["student.attn_implementation=flash_attention_2"],
             "flash-attn is not installed here", "student.attn_implementation=sdpa",
@@ -250,7 +250,7 @@ def test_a_language_that_the_teacher_does_not_know_is_named(speech: dict[str, Pa
     rows = [json.loads(line) | {"language": "Slovak"} for line in speech["train"].read_text().splitlines()]
     (tmp_path / "slovak.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["teacher.kind=qwen3_asr", f"data.train_manifest={tmp_path / 'slovak.jsonl'}"]
-    _, finding = findings([static.check_train_manifest, static.check_languages], speech, tmp_path, *options)
+    _, finding = findings([manifests.check_train_manifest, manifests.check_languages], speech, tmp_path, *options)
     assert finding.status == "fail"
     assert re.search(r"utterance '.*': language 'Slovak' is not one that this teacher knows", finding.found)
     assert "data.default_language" in finding.fix
@@ -279,7 +279,7 @@ def test_a_foreign_or_busy_run_directory_is_named(speech: dict[str, Path], tmp_p
 
 
 def test_bad_audio_within_its_share_is_a_warning(speech: dict[str, Path], tmp_path: Path) -> None:
-    look = [static.check_train_manifest, static.check_train_audio]
+    look = [manifests.check_train_manifest, manifests.check_train_audio]
     options = [f"data.train_manifest={spoilt_manifest(speech, tmp_path)}", "data.on_bad_audio=skip"]
     assert findings(look, speech, tmp_path, *options)[1].status == "fail"
     assert findings(look, speech, tmp_path, *options, "data.max_bad_share=0.5")[1].status == "warning"
@@ -290,16 +290,16 @@ def test_audio_that_blocks_is_named(speech: dict[str, Path], tmp_path: Path) -> 
     first, second, *_ = read_manifest(speech["train"])
     waiting = dataclasses.replace(second, audio=str(tmp_path / "pipe.wav"))
     with pytest.raises(ValueError, match=rf"2 files were not read within 0.5 s.*{waiting.id}.*pipe.wav"):
-        static.decoded([first, waiting], 30.0, limit_s=0.5)
+        manifests.decoded([first, waiting], 30.0, limit_s=0.5)
     with open(tmp_path / "pipe.wav", "wb"):  # lets the reader go
         pass
 
 
 def test_the_sample_runs_through_the_whole_manifest(speech: dict[str, Path]) -> None:
     utterances = read_manifest(speech["train"])
-    chosen = static.spread(utterances, 5)
+    chosen = manifests.spread(utterances, 5)
     assert [u.id for u in chosen] == [utterances[i].id for i in (0, 12, 24, 35, 47)]
-    assert len(static.spread(utterances, 500)) == len(utterances)
+    assert len(manifests.spread(utterances, 500)) == len(utterances)
 
 
 def test_a_check_that_fails_hides_only_those_that_need_it() -> None:
