@@ -95,13 +95,8 @@ def student_memory(config: Config, sizes: StudentSizes, lengths: Lengths) -> Pha
     if config.optim.offload:
         stepped = min(stepped, max(BUCKET_NUMEL, sizes.vocab_size * sizes.decoder.width) / ranks)
     step = FLOAT32 * stepped + (0.0 if on_device else 2 * FLOAT32 * stepped)
-    rollout = _rollout(config, sizes, lengths, compute)
-    if config.cluster.use_gpu and rollout:  # keys, values and logits have memory of their own there, for CUDA graphs
-        positions = max(lengths.rollout_rows, lengths.drafted_rows * (lengths.draft + 1))
-        held["rollout's fixed memory"] = rollout.pop("KV cache") + compute * positions * sizes.vocab_size
-        rollout["logits"] -= compute * positions * sizes.vocab_size
     return {
-        "rollout": held | rollout,
+        "rollout": held | _rollout(config, sizes, lengths, compute),
         "update": held | _update(config, sizes, lengths, compute, gradients),
         "optimizer step": held | {"gradients": gradients, "the step's own": step},
     }

@@ -117,8 +117,7 @@ class ZeroEngine(StudentEngine):
             try:
                 yield
             finally:
-                if self.shadow is not None:
-                    self.shadow = self._graph_steps = None  # graphs would keep its weights
+                self.shadow = None
 
     @property
     def generation_module(self) -> nn.Module:
