@@ -88,7 +88,7 @@ class RunDir:
         lock_fd = _make_and_lock(path)
         try:
             run = cls(path, config, config.get("checkpoint", {}).get("keep_last", 2), lock_fd)
-            run._check_saved_config(resume, frozen_keys or [], defaults or {})
+            run.check_saved_config(resume, frozen_keys or [], defaults)
             run._write(CONFIG_FILE, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
             run._remove_leftovers()
             run._point_latest(run.latest())
@@ -246,11 +246,11 @@ class RunDir:
             self._reported.add(path.name)
             logger.warning("%s: checkpoint skipped, it is damaged: %s", path, problem)
 
-    def _check_saved_config(self, resume: str, frozen_keys: list[str], defaults: dict[str, Any]) -> None:
+    def check_saved_config(self, resume: str, frozen_keys: list[str], defaults: dict[str, Any] | None = None) -> None:
         config_path = self.path / CONFIG_FILE
         if not config_path.exists():
             return
-        saved = _with_defaults(_load_config(config_path), defaults)
+        saved = _with_defaults(_load_config(config_path), defaults or {})
         now = yaml.safe_load(yaml.safe_dump(self.config))  # tuples and the like, as they come back from a file
         if saved.get("recipe") != now.get("recipe"):
             raise ValueError(

@@ -191,7 +191,7 @@ def check_run_dir(examined: Examined) -> str:
             except BlockingIOError as error:
                 raise ValueError(f"run_dir={path}: another driver ({lock.read().strip()}) writes this run") from error
     run_dir = RunDir(path, portable(config.to_dict()), config.checkpoint.keep_last, None)
-    run_dir._check_saved_config(config.resume, FROZEN_KEYS)
+    run_dir.check_saved_config(config.resume, FROZEN_KEYS, Config().to_dict())
     step = run_dir.latest()
     return f"{path} is there" + (f" and goes on after step {step}" if step else "")
 
