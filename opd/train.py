@@ -124,11 +124,18 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted; start again with the same run_dir to go on from the newest checkpoint", file=sys.stderr)
         return 130
     except (ValueError, RuntimeError, TimeoutError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}{_advice(error)}", file=sys.stderr)
         if os.environ.get("OPD_TRACEBACK"):
             raise
         return 1
     return 0
+
+
+def _advice(error: Exception) -> str:
+    """What to do about an error of the machine that does not say so itself."""
+    if "No space left on device" in str(error):
+        return "; complete checkpoints are untouched: make room and start again with the same command to go on"
+    return ""
 
 
 if __name__ == "__main__":
