@@ -101,6 +101,9 @@ class Lab:
         found = re.findall(r"^going on after step (\d+)", text, re.MULTILINE)
         return int(found[-1]) if found else 0
 
+    def newest_checkpoint(self) -> int:
+        return max((int(p.parent.name[5:]) for p in self.run_dir.glob("checkpoints/step-*/COMPLETE")), default=0)
+
     def is_reference(self) -> bool:
         ours = load_file(self.run_dir / "export" / "model.safetensors")
         expected = load_file(self.folder / "unbroken" / "run" / "export" / "model.safetensors")
@@ -174,24 +177,19 @@ def killed_while_saving(lab: Lab) -> Outcome:
     moments, lost = random.Random(0), 0
     seconds = []
     for _ in range(10):
+        began, newest = time.monotonic(), lab.newest_checkpoint()
         process = lab.start("checkpoint.checkpoint_every=1")
-        first = lab.went_on_after() if lab.run_dir.exists() else 0
-        deadline = time.monotonic() + LIMIT_S
-        while process.poll() is None and lab.last_step() <= first and time.monotonic() < deadline:
+        while process.poll() is None and lab.newest_checkpoint() <= newest and time.monotonic() < began + LIMIT_S:
             time.sleep(0.02)
+        seconds.append(time.monotonic() - began)
         time.sleep(moments.uniform(0.0, 0.6))
         process.kill()
         process.wait()
-        broke, before = time.monotonic(), lab.last_step()
+        lost = max(lost, lab.last_step() - lab.newest_checkpoint())
         if (lab.run_dir / "summary.json").exists():
             break
-        newest = max((int(p.parent.name[5:]) for p in lab.run_dir.glob("checkpoints/step-*/COMPLETE")), default=0)
-        lost = max(lost, before - newest)
-        seconds.append(time.monotonic() - broke)
     lab.again("checkpoint.checkpoint_every=1")
-    return Outcome(
-        "the next start goes on from a complete checkpoint", max(seconds, default=0.0), lost, lab.is_reference()
-    )
+    return Outcome("the next start goes on from a complete checkpoint", max(seconds), lost, lab.is_reference())
 
 
 def damaged(lab: Lab, damage: Callable[[Path], None]) -> Outcome:
