@@ -207,6 +207,29 @@ def test_resumption_is_bit_equal_and_other_ranks_can_load(
         torch.testing.assert_close(on_one_rank[name], tensor, atol=2e-5, rtol=0)
 
 
+def save_after_two_steps(config: Config, manifest: Path, folder: Path) -> None:
+    engine = start(config)
+    for step in range(2):
+        sft_step(engine, manifest, 2, slice(step * 12, step * 12 + 12))
+    engine.save_checkpoint(str(folder))
+
+
+def next_step(config: Config, manifest: Path, folder: Path) -> dict[str, float]:
+    engine = start(config)
+    engine.load_checkpoint(str(folder))
+    return sft_step(engine, manifest, 2, slice(24, 36))
+
+
+def test_saved_on_two_ranks_goes_on_with_one_and_three(tiny_dir: Path, speech: dict[str, Path], tmp_path: Path) -> None:
+    config = make_config(tiny_dir)
+    run_ranks(2, save_after_two_steps, config, speech["train"], tmp_path)
+    expected, *others = (run_ranks(n, next_step, config, speech["train"], tmp_path)[0] for n in (2, 1, 3))
+    for totals in others:
+        print(f"loss {totals['loss'] - expected['loss']:.1e}")
+        assert totals["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+        assert totals["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+
 def weights(engine: Any) -> dict[str, torch.Tensor]:
     """A copy: on one rank the engine's own state dict shares memory with the parameters."""
     return {name: tensor.clone() for name, tensor in engine.full_state_dict().items()}
