@@ -25,7 +25,7 @@ from opd.doctor.report import Check, Finding
 from opd.hub import check_push
 from opd.metrics import has_wandb_key
 from opd.model_sizes import StudentSizes, student_sizes
-from opd.resolve import portable, resolve_model, with_run_dir
+from opd.resolve import portable, resolve, resolve_model, with_run_dir
 from opd.schema import FROZEN_KEYS, Config
 from opd.teachers.environment import check_environments
 from opd.validate import validate
@@ -190,6 +190,10 @@ def check_run_dir(examined: Examined) -> str:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise ValueError(f"run_dir={path}: another driver ({lock.read().strip()}) writes this run") from error
+    try:
+        config = resolve(config)  # what the run saves, and compares
+    except ValueError as error:
+        raise ValueError(f"run_dir={path}: cannot be compared with this config ({error})") from error
     run_dir = RunDir(path, portable(config.to_dict()), config.checkpoint.keep_last, None)
     run_dir.check_saved_config(config.resume, FROZEN_KEYS, Config().to_dict())
     step = run_dir.latest()

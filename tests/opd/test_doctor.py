@@ -18,10 +18,12 @@ import torch
 from main_job import ONE_RANK, ROOT, command, run
 
 from data.manifest import read_manifest
+from opd.checkpoint import RunDir
 from opd.config import load_config
 from opd.doctor import manifests, static
 from opd.doctor.examined import Examined
 from opd.doctor.report import Check, Finding, examine
+from opd.resolve import portable, resolve
 
 Table = dict[str, tuple[str, str]]
 
@@ -276,6 +278,24 @@ def test_a_foreign_or_busy_run_directory_is_named(speech: dict[str, Path], tmp_p
     assert finding.status == "fail"
     assert "the directory is not empty and is no run directory" in finding.found
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["letter.txt"]
+
+
+def test_a_run_directory_that_is_there_is_compared_with_the_config(speech: dict[str, Path], tmp_path: Path) -> None:
+    relative = f"data.train_manifest={os.path.relpath(speech['unlabelled'])}"  # the run saves it as an absolute path
+    config = load_config([*command(speech, tmp_path / "run")[3:], relative])
+    saved = RunDir.open(tmp_path / "run", portable(resolve(config).to_dict()))
+    saved.begin_save(2)
+    saved.commit_save(2, {})
+    (busy,) = findings([static.check_run_dir], speech, tmp_path)
+    assert busy.status == "fail"
+    assert re.search(r"another driver \(pid \d+ on .*\) writes this run", busy.found)
+    saved.close()
+    (good,) = findings([static.check_run_dir], speech, tmp_path, relative)
+    assert good == Finding("ok", f"{tmp_path / 'run'} is there and goes on after step 2")
+    (changed,) = findings([static.check_run_dir], speech, tmp_path, "optim.lr=0.5")
+    assert changed.status == "fail"
+    assert "optim.lr was 0.001, is now 0.5" in changed.found
+    assert "or a new one" in changed.fix
 
 
 def test_bad_audio_within_its_share_is_a_warning(speech: dict[str, Path], tmp_path: Path) -> None:
