@@ -252,7 +252,9 @@ class Run:
     def _report_start(self, metrics: dict[str, float]) -> None:
         """Where the time from the command to the first training step went, evaluation and synthesis apart."""
         total = time.time() - max(psutil.Process().create_time(), self.history["opened"]) - self.history["synthesis"]
-        start = start_seconds(total, self.timer.seconds(), metrics)
+        before = self.state["seconds"]  # of the run up to its checkpoint, and of attempts before this one
+        seconds = {name: value - before.get(name, 0.0) for name, value in self.timer.seconds().items()}
+        start = start_seconds(total, seconds, metrics)
         self.history["start"] = start
         listed = ", ".join(f"{name} {seconds:.1f}" for name, seconds in start.items() if name != "total")
         print(f"first step {start['total']:.1f} s after the command: {listed}")

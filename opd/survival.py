@@ -8,6 +8,7 @@ import sys
 import threading
 from types import FrameType
 
+NODE_LOSS_S = 20.0
 STOPPED_STATUS = 128 + signal.SIGTERM
 
 
@@ -72,6 +73,7 @@ class Restarts:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.used = 0
+        self.pause_s = 0.0  # before the next attempt
         self._failed_step: int | None = None
 
     def allow(self, error: Exception, step: int) -> str:
@@ -84,6 +86,8 @@ class Restarts:
             raise RuntimeError(
                 f"{error}; train.max_restarts={self.limit} are used up; start again with resume=auto to go on"
             ) from error
+        # A cluster takes a while to notice that a node is gone, and may place workers there again until then.
+        self.pause_s = NODE_LOSS_S if self.used else 0.0
         self.used += 1
         self._failed_step = step
         return f"step {step}: {error}; restart {self.used} of {self.limit} from the newest checkpoint"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from typing import TYPE_CHECKING
 
 from opd.config import describe, load_config, take_flag
@@ -48,6 +49,7 @@ def train(config: Config) -> dict:
                 return run_stage(run, config)
             except LOST as error:
                 run.note_restart(restarts.allow(error, run.step + 1))  # raises where the run is to stop
+        time.sleep(restarts.pause_s)
 
 
 def run_stage(run: Run, config: Config) -> dict:
