@@ -36,6 +36,7 @@ import torch
 from bench.plain_step import PlainSide
 from bench.tables import Row, print_rows, write_json
 from data.audio import load_audio
+from data.buckets import spread_by_length
 from data.manifest import read_manifest
 from data.sampler import EpochSampler
 from opd.config import load_config
@@ -101,7 +102,9 @@ class OurSide:
         from opd.arkasr import blocked_token_ids, load_model, load_processor
         from opd.vocab import blocked_mask
         from trainers import base_engine, objectives
+        from trainers.encoding import encode_by_length
 
+        self.encode_by_length = encode_by_length
         self.config, self.parts = config, objectives
         model = load_model(config.student.path, attn_implementation=config.student.attn_implementation)
         choose_trained(model, config.student.freeze, config.lora)
@@ -117,6 +120,10 @@ class OurSide:
         self.cost = forward_cost(decoder_size, model.config.num_hidden_layers, "cpu", torch.get_num_threads())
         self.objective = objectives.opd_objective(config.loss, self.blocked_V, self.eos_id)
 
+    def encode(self, audios: torch.Tensor, audio_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        encoded, _, mask = self.module(encode_only=True, audios=audios, audio_mask=audio_mask)
+        return encoded, mask
+
     def prepare(self, batch: Batch) -> tuple[Inputs, Inputs]:
         """Prompts of a batch with their features, for student and teacher; not timed."""
         waveforms = [load_audio(u) for u in batch]
@@ -130,8 +137,10 @@ class OurSide:
         tokenizer = self.processor.tokenizer
         self.module.eval()
         with torch.no_grad():
+            prompts = {name: value for name, value in inputs.items() if name not in ("audios", "audio_mask")}
+            prompts |= self.encode_by_length(self.encode, inputs["audios"], inputs["audio_mask"])
             rollout, counts = speculate(
-                lambda **kwargs: self.module(**kwargs)[0], inputs, steps=DecoderSteps(self.module.model),
+                lambda **kwargs: self.module(**kwargs)[0], prompts, steps=DecoderSteps(self.module.model),
                 drafts=[d and tokenizer(d, add_special_tokens=False)["input_ids"] for d in drafts],
                 forward_cost=self.cost, eos_id=self.eos_id, pad_id=self.pad_id, blocked_V=self.blocked_V,
                 max_new_tokens=config.rollout.max_new_tokens, top_k=config.loss.top_k,
@@ -311,7 +320,7 @@ def main(argv: list[str] | None = None) -> int:
     sampler = EpochSampler(len(utterances), seed=config.seed)
 
     def batches() -> Batch:
-        return [utterances[index] for index in sampler.next_batch(size)]
+        return spread_by_length([utterances[index] for index in sampler.next_batch(size)], 1)
 
     ours = OurSide(config)
     other = PlainSide(config, ours.blocked_V, ours.teacher.blocked_V)

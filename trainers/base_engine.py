@@ -24,6 +24,7 @@ from opd.rollout.steps import DecoderSteps, can_step
 from opd.schema import Config, OptimConfig
 from opd.trainable import ADAPTER, choose_trained, lora_layers
 from opd.types import DTYPES
+from trainers.encoding import encode_by_length
 from trainers.offload import OffloadedAdamW
 
 Head = Callable[[torch.Tensor, torch.Tensor], Any]
@@ -280,9 +281,12 @@ class StudentEngine(BaseEngine):
 
     def encode(self, audios: torch.Tensor, audio_mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the encoder makes of a batch of audio, in place of it in later forwards. In generation_mode."""
-        encoded_BED, _, mask_BE = self.generation_module(encode_only=True, audios=audios, audio_mask=audio_mask)
-        assert mask_BE is not None, "the encoder was given a mask"
-        return {"encoded_BED": encoded_BED, "encoded_mask_BE": mask_BE}
+
+        def encode(audios_BMF: torch.Tensor, mask_BF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            encoded_BED, _, mask_BE = self.generation_module(encode_only=True, audios=audios_BMF, audio_mask=mask_BF)
+            return encoded_BED, mask_BE
+
+        return encode_by_length(encode, audios, audio_mask)
 
     def decoder_steps(self) -> DecoderSteps | GraphSteps | None:
         """What computes the later forwards of a rollout in less time; None where only the modules can. In generation_mode."""

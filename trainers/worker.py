@@ -161,12 +161,10 @@ class StudentWorker(Worker):
     def _with_drafts(
         self, inputs: dict[str, torch.Tensor], drafts: list[str | None]
     ) -> tuple[dict[str, torch.Tensor], list[list[int] | None]]:
-        """The prompts, encoded where that is of use, and ids of each draft: of the text, else what the CTC head hears."""
+        """The prompts with their audio encoded, and ids of each draft: of the text, else what the CTC head hears."""
         tokenizer = self.processor.tokenizer
         given = [tokenizer(text, add_special_tokens=False)["input_ids"] if text else None for text in drafts]
         ctc_head = None if all(given) else self.ctc_head
-        if ctc_head is None and "encoder" not in self.config.student.freeze:
-            return inputs, given
         audio = {"audios", "audio_mask"}
         prompts = {name: value for name, value in inputs.items() if name not in audio}
         prompts |= self.engine.encode(inputs["audios"], inputs["audio_mask"])
