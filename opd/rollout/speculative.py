@@ -53,7 +53,7 @@ def forward_cost(num_parameters: int, num_layers: int, device: str, num_threads:
     a factor of two in it costs a few per cent of speed.
     """
     if device == "cpu":
-        return 6.0 * num_threads + num_layers * 2e-4 / (2 * num_parameters / (5e10 * num_threads))
+        return 6.0 * num_threads + num_layers * 8e-4 / (2 * num_parameters / (5e10 * num_threads))
     return 150.0 + num_layers * 3e-4 / (2 * num_parameters / 3e14)
 
 
