@@ -42,9 +42,8 @@ def train(config: Config) -> dict:
     config = with_run_dir(config)
     restarts = Restarts(config.train.max_restarts)
     while True:
-        with Run.open(
-            config, is_restart=restarts.used > 0
-        ) as run:  # run directory, data, last complete checkpoint or a fresh start
+        # Run directory, data, last complete checkpoint or a fresh start.
+        with Run.open(config, is_restart=restarts.used > 0) as run:
             try:
                 return run_stage(run, config)
             except LOST as error:
