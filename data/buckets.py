@@ -39,6 +39,23 @@ def spread_by_length(batch: Batch, num_ranks: int) -> Batch:
     return [batch[index] for shard in shards for index in shard]
 
 
+class LengthSpread:
+    """`spread_by_length` for a run, which looks at each batch twice: to read its audio ahead, and to train on it.
+
+    The lengths of the batch that was looked at last are kept, so that no file's header is read twice.
+    """
+
+    def __init__(self, num_ranks: int) -> None:
+        self.num_ranks = num_ranks
+        self._last: tuple[list[str], Batch] = ([], [])  # ids as they were given, and the batch they became
+
+    def __call__(self, batch: Batch) -> Batch:
+        ids = [utterance.id for utterance in batch]
+        if ids != self._last[0]:
+            self._last = (ids, spread_by_length(batch, self.num_ranks))
+        return self._last[1]
+
+
 def rows_by_budget(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Rows packed into micro-batches of at most `budget` padded positions (rows times the longest), longest rows first.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 
-from data.buckets import spread_by_length
+from data.buckets import LengthSpread
 from data.index import open_manifest
 from opd.bad_audio import BadAudioList
 from opd.card import write_model_card
@@ -57,6 +57,7 @@ class Run:
         self.gate: TeacherGate | None = None
         self.line = RolloutLine(config)
         self.saver = Saver(run_dir)
+        self._spread = LengthSpread(config.num_ranks) if config.data.group_by_length else list
         self.stop_signal = StopSignal(config.checkpoint.grace_s)
         self.drafts = DraftTexts(config.rollout.draft, self.state.setdefault("drafts", {}))
         with self.timer("data"):
@@ -208,9 +209,6 @@ class Run:
             self.data.check_streamed(self.router, batch)
         self.batch_log.add(batch)
         return batch
-
-    def _spread(self, batch: Batch) -> Batch:
-        return spread_by_length(batch, self.config.num_ranks) if self.config.data.group_by_length else batch
 
     def score(self, rollout: Any, number: int) -> Any:
         """The teacher begins to score a rollout."""

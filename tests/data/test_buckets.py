@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data.buckets import rows_by_budget, spread_by_length, utterance_seconds
+from data.buckets import LengthSpread, rows_by_budget, spread_by_length, utterance_seconds
 from data.manifest import read_manifest
 from opd.types import Utterance
 
@@ -44,3 +44,14 @@ def test_micro_batches_keep_to_the_budget(budget: int) -> None:
     assert packed[0][0] == 1, "the longest comes first: what does not fit into memory shows at once"
     if budget == 60:
         assert packed == [[1, 4, 6], [2, 3, 0, 5]], "3 x 20 positions, then 4 x 7"
+
+
+def test_a_batch_that_was_looked_at_is_not_measured_again(speech: dict[str, Path], tmp_path: Path) -> None:
+    utterances = [Utterance(u.id, u.audio) for u in read_manifest(speech["eval"])[:6]]
+    expected = spread_by_length(utterances, 2)
+    spread = LengthSpread(2)
+    assert spread(utterances[:3]) == spread_by_length(utterances[:3], 2)
+    assert spread(utterances) == expected
+    gone = [Utterance(u.id, str(tmp_path / "gone.wav")) for u in utterances]  # measured again, all would be equal
+    assert [u.id for u in spread(gone)] == [u.id for u in expected]
+    assert spread(utterances[:3]) == spread_by_length(utterances[:3], 2)
