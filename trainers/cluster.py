@@ -96,11 +96,23 @@ class StudentPool(RayResourcePool):
             self.pgs = sort_placement_group_by_node_ip(groups)
         return self.pgs
 
-    def remove(self) -> None:
-        """Gives the placement groups back."""
+    def remove(self, wait_s: float = 5.0) -> None:
+        """Gives the placement groups back, and waits until Ray counts their resources as free.
+
+        Ray takes its time for it, and whoever places workers before would find these nodes full and take others.
+        """
+        before = _free_cpus()
         for group in self.pgs or []:
             remove_placement_group(group)
+        expected = before + self.cluster.cpus_per_rank * self.world_size if self.pgs else 0.0
         self.pgs = None
+        deadline = time.monotonic() + wait_s  # somebody else may take them at once, or their node is lost
+        while _free_cpus() + 1e-6 < expected and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+
+def _free_cpus() -> float:
+    return float(ray.available_resources().get("CPU", 0.0))
 
 
 def choose_nodes(bundle: dict[str, float], ranks_per_node: int, num_nodes: int) -> list[str]:
