@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +70,8 @@ class HeardTeacher(ArkasrTeacher):
         index = torch.tensor([self.rows[u.id] for u in utterances])
         part = {name: tensor[index] for name, tensor in self.heard.items()}
         first = int((part["attention_mask"].sum(0) > 0).long().argmax())
-        frames = int(part["audio_mask"].sum(1).max())
-        prompt = {name: part[name][:, first:] for name in ("input_ids", "attention_mask")}
-        audio = {"audios": part["audios"][:, :, :frames], "audio_mask": part["audio_mask"][:, :frames]}
-        return [(list(range(len(utterances))), prompt | audio)]
+        part |= {name: part[name][:, first:] for name in ("input_ids", "attention_mask")}
+        return [(list(range(len(utterances))), self.encoded(part))]
 
 
 @dataclass
@@ -100,9 +98,9 @@ class OurSide:
     def __init__(self, config: Config) -> None:
         set_verl_env(use_gpu=False)  # the engine's parts are imported under verl
         from opd.arkasr import blocked_token_ids, load_model, load_processor
+        from opd.encoding import encode_by_length
         from opd.vocab import blocked_mask
         from trainers import base_engine, objectives
-        from trainers.encoding import encode_by_length
 
         self.encode_by_length = encode_by_length
         self.config, self.parts = config, objectives
@@ -136,9 +134,10 @@ class OurSide:
         config, clock = self.config, Clock()
         tokenizer = self.processor.tokenizer
         self.module.eval()
+        prompts = {name: value for name, value in inputs.items() if name not in ("audios", "audio_mask")}
+        encoded = self.encode_by_length(self.encode, inputs["audios"], inputs["audio_mask"])
+        prompts |= dict(zip(("encoded_BED", "encoded_mask_BE"), encoded, strict=True))
         with torch.no_grad():
-            prompts = {name: value for name, value in inputs.items() if name not in ("audios", "audio_mask")}
-            prompts |= self.encode_by_length(self.encode, inputs["audios"], inputs["audio_mask"])
             rollout, counts = speculate(
                 lambda **kwargs: self.module(**kwargs)[0], prompts, steps=DecoderSteps(self.module.model),
                 drafts=[d and tokenizer(d, add_special_tokens=False)["input_ids"] for d in drafts],
@@ -162,7 +161,7 @@ class OurSide:
         self.module.train()
         micros = [
             self.parts.opd_micro_batch(
-                inputs, rows, part, TeacherScore.from_dict(score), config.rollout, torch.device("cpu")
+                prompts, rows, part, TeacherScore.from_dict(score), config.rollout, torch.device("cpu")
             )
             for rows, part, score in zip(micro_rows, parts, scores, strict=True)
         ]
@@ -313,6 +312,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     config = resolve(load_config(["recipe=tiny", *options.keys]))
+    # As on a rank of the recipe, whose share of a batch is one micro-batch: the encoder is asked once.
+    config = replace(config, train=replace(config.train, micro_batch_size=config.train.batch_size))
     utterances = read_manifest(str(config.data.train_manifest))
     size = config.train.batch_size
     per_epoch = options.epoch or len(utterances) // size

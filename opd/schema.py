@@ -178,6 +178,9 @@ class TrainConfig:
     micro_batch_tokens: int = key(
         0, "instead: padded positions (audio, prompt, response) of one forward and backward on one rank; 0 = not used"
     )
+    reuse_encoder: bool = key(
+        True, "the update goes on from the rollout's encoder output, where a rank's batch is one micro-batch"
+    )
     max_restarts: int = key(
         3, "times that dead or silent workers are replaced; the run goes on from its last checkpoint"
     )

@@ -19,12 +19,12 @@ from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine.base import BaseEngine
 
 from opd.arkasr import load_model
+from opd.encoding import encode_by_length
 from opd.rollout.graphs import GraphSteps
 from opd.rollout.steps import DecoderSteps, can_step
 from opd.schema import Config, OptimConfig
 from opd.trainable import ADAPTER, choose_trained, lora_layers
 from opd.types import DTYPES
-from trainers.encoding import encode_by_length
 from trainers.offload import OffloadedAdamW
 
 Head = Callable[[torch.Tensor, torch.Tensor], Any]
@@ -279,14 +279,45 @@ class StudentEngine(BaseEngine):
         """The plain model forward, for decoding."""
         return self.generation_module(**inputs)[0]
 
-    def encode(self, audios: torch.Tensor, audio_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the encoder makes of a batch of audio, in place of it in later forwards. In generation_mode."""
+    def encodes_once(self, num_rows: int) -> bool:
+        """Whether what the encoder makes of a rank's batch for the rollout serves the update too.
+
+        A frozen encoder's frames always do. Those of one that is trained do where the weights stay as they are until the
+        update, and where the batch is one micro-batch, so that no more is held for the backward than the update would.
+        """
+        config = self.config
+        if "encoder" in config.student.freeze:
+            return True
+        whisper = self.model_config.whisper_config
+        return (
+            config.train.reuse_encoder
+            and config.schedule == "sync"
+            and num_rows <= config.train.micro_batch_size
+            and not config.train.micro_batch_tokens
+            and not max(whisper.dropout, whisper.attention_dropout, whisper.activation_dropout)
+            and self.decodes_with_trained
+        )
+
+    @property
+    def decodes_with_trained(self) -> bool:
+        """Whether generation_mode's module has the parameters that are trained, not copies of them."""
+        return True
+
+    def encode(
+        self, audios: torch.Tensor, audio_mask: torch.Tensor, with_graph: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """What the encoder makes of audio, as inputs in its place (`TrainedStudent.forward`). In generation_mode.
+
+        with_graph  so that a loss on later forwards reaches the encoder's parameters
+        """
 
         def encode(audios_BMF: torch.Tensor, mask_BF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             encoded_BED, _, mask_BE = self.generation_module(encode_only=True, audios=audios_BMF, audio_mask=mask_BF)
             return encoded_BED, mask_BE
 
-        return encode_by_length(encode, audios, audio_mask)
+        with torch.set_grad_enabled(with_graph):
+            encoded_BED, mask_BE = encode_by_length(encode, audios, audio_mask)
+        return {"encoded_BED": encoded_BED, "encoded_mask_BE": mask_BE}
 
     def decoder_steps(self) -> DecoderSteps | GraphSteps | None:
         """What computes the later forwards of a rollout in less time; None where only the modules can. In generation_mode."""

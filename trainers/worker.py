@@ -125,15 +125,16 @@ class StudentWorker(Worker):
         """
         began = time.perf_counter()
         inputs, bad = self._prompts(shard)
-        config = self.config.rollout
-        if config.source == "manifest":
-            rollout, counts = self._forced(inputs, shard, bad), None
-        else:
-            with self.engine.generation_mode():
-                prompts, given = self._with_drafts(inputs, drafts)
+        config, encoded_once = self.config.rollout, self.engine.encodes_once(len(shard))
+        with self.engine.generation_mode():
+            prompts = self._encoded(inputs, with_graph=encoded_once)
+            if config.source == "manifest":
+                rollout, counts = self._forced(prompts, shard, bad), None
+            else:
+                given = self._draft_ids(prompts, drafts)
                 rollout, counts = self._decode(prompts, shard, bad, config.temperature, step, given)
-                if "encoder" in self.config.student.freeze:
-                    inputs = prompts  # the update needs the same frames once more
+        if encoded_once:
+            inputs = prompts  # the update goes on from the same frames
         lengths_B = inputs["attention_mask"].sum(1).cpu() + rollout.response_mask_BT.sum(1)
         micro_rows = micro_batch_rows(lengths_B.tolist(), self.config.train)
         self._kept.append(([u.id for u in shard], inputs, micro_rows))
@@ -158,21 +159,20 @@ class StudentWorker(Worker):
             },
         }
 
-    def _with_drafts(
-        self, inputs: dict[str, torch.Tensor], drafts: list[str | None]
-    ) -> tuple[dict[str, torch.Tensor], list[list[int] | None]]:
-        """The prompts with their audio encoded, and ids of each draft: of the text, else what the CTC head hears."""
+    def _encoded(self, inputs: dict[str, torch.Tensor], with_graph: bool) -> dict[str, torch.Tensor]:
+        """The prompts with what the encoder makes of their audio in its place."""
+        prompts = {name: value for name, value in inputs.items() if name not in ("audios", "audio_mask")}
+        return prompts | self.engine.encode(inputs["audios"], inputs["audio_mask"], with_graph)
+
+    def _draft_ids(self, prompts: dict[str, torch.Tensor], drafts: list[str | None]) -> list[list[int] | None]:
+        """Ids of each draft: of the text, else what the CTC head hears."""
         tokenizer = self.processor.tokenizer
         given = [tokenizer(text, add_special_tokens=False)["input_ids"] if text else None for text in drafts]
-        ctc_head = None if all(given) else self.ctc_head
-        audio = {"audios", "audio_mask"}
-        prompts = {name: value for name, value in inputs.items() if name not in audio}
-        prompts |= self.engine.encode(inputs["audios"], inputs["audio_mask"])
-        if ctc_head is not None:
-            frames_BED = self.engine.generation_module.model.audio_encoder.layer_norm(prompts["encoded_BED"])
-            heard = ctc_head.drafts(frames_BED, prompts["encoded_mask_BE"])
-            given = [ids or ctc_ids for ids, ctc_ids in zip(given, heard, strict=True)]
-        return prompts, given
+        if self.ctc_head is None or all(given):
+            return given
+        frames_BED = self.engine.generation_module.model.audio_encoder.layer_norm(prompts["encoded_BED"])
+        heard = self.ctc_head.drafts(frames_BED, prompts["encoded_mask_BE"])
+        return [ids or ctc_ids for ids, ctc_ids in zip(given, heard, strict=True)]
 
     @register(dispatch_mode=Dispatch.ALL_TO_ALL, blocking=False)
     def transcribe(self, shard: Batch) -> list[str | None]:
@@ -215,11 +215,10 @@ class StudentWorker(Worker):
         """The manifest's texts as a rollout."""
         bad_ids = {error.utterance_id for error in bad}
         given = [response_ids(None if u.id in bad_ids else u.text, self.processor.tokenizer) for u in shard]
-        with self.engine.generation_mode():
-            return forced(
-                self.engine.generate_forward, inputs, given, eos_id=self.eos_id, pad_id=self.pad_id,
-                blocked_V=self.blocked_V, top_k=self.config.loss.top_k, max_repeats=self.config.rollout.max_repeats,
-            )  # fmt: skip
+        return forced(
+            self.engine.generate_forward, inputs, given, eos_id=self.eos_id, pad_id=self.pad_id,
+            blocked_V=self.blocked_V, top_k=self.config.loss.top_k, max_repeats=self.config.rollout.max_repeats,
+        )  # fmt: skip
 
     def _prompts(self, shard: Batch) -> tuple[dict[str, torch.Tensor], list]:
         """Model inputs of the shard's prompts, left-padded, and the audio that was bad."""

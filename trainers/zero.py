@@ -112,12 +112,16 @@ class ZeroEngine(StudentEngine):
         """A plain model of the whole weights where the trained one cannot decode on its own: its weights are spread over
         the ranks (stage 3), it has adapters that are to be merged, or it was rounded for an export."""
         with self.eval_mode():
-            if self.config.zero.stage == 3 or self.config.lora.rank or self.rounded_to is not None:
+            if not self.decodes_with_trained:
                 self.shadow = self._plain_student()
             try:
                 yield
             finally:
                 self.shadow = None
+
+    @property
+    def decodes_with_trained(self) -> bool:
+        return self.config.zero.stage < 3 and not self.config.lora.rank and self.rounded_to is None
 
     @property
     def generation_module(self) -> nn.Module:

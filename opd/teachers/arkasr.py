@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from opd.arkasr import load_model, load_processor
+from opd.encoding import encode_by_length
 from opd.teachers.causal import CausalTeacher, Inputs
 from opd.types import Batch
 
@@ -20,7 +21,15 @@ class ArkasrTeacher(CausalTeacher):
 
     def prompts_of(self, utterances: Batch, waveforms: list[np.ndarray]) -> list[tuple[list[int], Inputs]]:
         """One group: the encoder masks padding."""
-        return [(list(range(len(utterances))), self.to_model(self.processor.build_inputs(waveforms)))]
+        return [(list(range(len(utterances))), self.encoded(self.to_model(self.processor.build_inputs(waveforms))))]
+
+    @torch.no_grad()
+    def encoded(self, inputs: Inputs) -> Inputs:
+        """Prompts with the encoder's frames in place of their audio."""
+        prompts: dict[str, Any] = dict(inputs)
+        encode = self.model.audio_encoder.encode_frames
+        prompts["audio_frames"] = encode_by_length(encode, prompts.pop("audios"), prompts.pop("audio_mask"))
+        return prompts
 
     def read_text(self, ids: list[int]) -> str:
         return self.processor.clean_text(ids)

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import ranks  # noqa: F401  sets the environment that verl is imported under
+import torch
 
 from data.collate import Collator
 from data.manifest import read_manifest
 from opd.arkasr import blocked_token_ids, load_processor
 from opd.config import config_from_dict
+from opd.rollout.decode import decode, split
 from opd.schema import Config, TrainConfig
+from opd.teachers.arkasr import ArkasrTeacher
+from opd.types import Rollout, TeacherScore
 from opd.vocab import blocked_mask
 from trainers.fsdp2 import FSDP2Engine
-from trainers.objectives import micro_batch_rows, response_ids, sft_micro_batch, sft_objective
+from trainers.objectives import (
+    micro_batch_rows,
+    opd_micro_batch,
+    opd_objective,
+    response_ids,
+    sft_micro_batch,
+    sft_objective,
+)
 
 
 def even_rows(num_rows: int, size: int) -> list[list[int]]:
@@ -79,3 +91,58 @@ def sft_step(
 
     with engine.train_mode():
         return engine.train_batch(micros, spoilt)
+
+
+def opd_step(engine: Any, path: Path, manifest: Path, micro_size: int, reuse: bool = False) -> dict[str, float]:
+    """Totals of one OPD step on this rank's share of the first eight utterances, in micro-batches of `micro_size`.
+
+    path   the tokenizer's folder
+    reuse  the update goes on from what the encoder made for the rollout
+    """
+    config = engine.config
+    utterances = read_manifest(manifest)[:8]
+    share = len(utterances) // engine.world_size
+    utterances = utterances[engine.rank * share : (engine.rank + 1) * share]
+    processor = load_processor(path)
+    tokenizer = processor.tokenizer
+    vocab_size = engine.model_config.vocab_size
+    blocked_V = blocked_mask(blocked_token_ids(tokenizer, vocab_size, tokenizer.eos_token_id), vocab_size)
+    inputs = processor.build_inputs(Collator().collate(utterances)[0])
+    with engine.generation_mode():
+        if reuse:
+            inputs |= engine.encode(inputs.pop("audios"), inputs.pop("audio_mask"), with_graph=True)
+        rollout = decode(
+            engine.generate_forward, inputs, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
+            blocked_V=blocked_V, max_new_tokens=10, top_k=8,
+        )  # fmt: skip
+    teacher = ArkasrTeacher(config.to_dict(), str(path))
+    micros = []
+    lengths_B = inputs["attention_mask"].sum(1) + rollout.response_mask_BT.sum(1)
+    micro_rows = micro_batch_rows(lengths_B.tolist(), dataclasses.replace(config.train, micro_batch_size=micro_size))
+    for rows, part in zip(micro_rows, split(rollout, micro_rows), strict=True):
+        score = teacher.score([utterances[row] for row in rows], part.to_dict())
+        trained = Rollout.from_dict(part.to_dict())
+        assert torch.equal(trained.response_ids_BT, rollout.response_ids_BT[rows, : part.response_ids_BT.shape[1]])
+        micros.append(
+            opd_micro_batch(inputs, rows, trained, TeacherScore.from_dict(score), config.rollout, torch.device("cpu"))
+        )
+        written = part.response_mask_BT
+        assert torch.equal(
+            micros[-1].inputs["input_ids"][:, -written.shape[1] :][written], part.response_ids_BT[written]
+        )
+    with engine.train_mode():
+        return engine.train_batch(micros, opd_objective(config.loss, blocked_V, tokenizer.eos_token_id))
+
+
+def assert_same_step(other: tuple[dict, dict], expected: tuple[dict, dict], names: tuple[str, ...]) -> None:
+    """Two steps (totals, weights) agree to 1e-5: totals relative to their size, weights as they are."""
+    totals = {n: abs(other[0][n] - expected[0][n]) / max(abs(expected[0][n]), 1e-30) for n in names}
+    weights = {}
+    assert other[1].keys() == expected[1].keys()
+    for name, tensor in expected[1].items():
+        weights[name] = float((other[1][name] - tensor).abs().max())
+    print(
+        {name: f"{value:.1e}" for name, value in totals.items()}, f"weights {max(weights.values()):.1e}"
+    )  # pytest -rP
+    assert max(totals.values()) < 1e-5, totals
+    assert max(weights.values()) < 1e-5, max(weights, key=weights.__getitem__)

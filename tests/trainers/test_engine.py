@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from engine_steps import LayeredEngine, make_config, sft_step, start
+from engine_steps import LayeredEngine, assert_same_step, make_config, opd_step, sft_step, start
 from ranks import run_ranks  # sets the environment that verl is imported under
 from tiny import CORPUS, SIZES
 
 from data.collate import Collator
 from data.manifest import read_manifest
 from opd.arkasr import blocked_token_ids, load_model, load_processor
-from opd.rollout.decode import decode, split
+from opd.rollout.decode import decode
 from opd.rollout.speculative import speculate
 from opd.rollout.steps import DecoderSteps, can_step
 from opd.schema import Config
 from opd.seed import create_seed
 from opd.step_metrics import opd_metrics
-from opd.teachers.arkasr import ArkasrTeacher
-from opd.types import Rollout, TeacherScore
 from opd.vocab import blocked_mask
 from trainers.base_engine import NonFiniteError, learning_rate_factor
 from trainers.fsdp2 import FSDP2Engine
-from trainers.objectives import micro_batch_rows, opd_micro_batch, opd_objective
 
 
 def one_step(config: Config, manifest: Path, micro_size: int, engine_class: type) -> tuple[dict, dict]:
@@ -58,64 +54,16 @@ def test_one_step_is_the_same_however_it_is_spread(
     assert_same_step(other, one_batch, ("loss", "grad_norm", "positions", "ce", "ctc"))
 
 
-def assert_same_step(other: tuple[dict, dict], expected: tuple[dict, dict], names: tuple[str, ...]) -> None:
-    """Two steps (totals, weights) agree to 1e-5: totals relative to their size, weights as they are."""
-    totals = {n: abs(other[0][n] - expected[0][n]) / max(abs(expected[0][n]), 1e-30) for n in names}
-    weights = {}
-    assert other[1].keys() == expected[1].keys()
-    for name, tensor in expected[1].items():
-        weights[name] = float((other[1][name] - tensor).abs().max())
-    print(
-        {name: f"{value:.1e}" for name, value in totals.items()}, f"weights {max(weights.values()):.1e}"
-    )  # pytest -rP
-    assert max(totals.values()) < 1e-5, totals
-    assert max(weights.values()) < 1e-5, max(weights, key=weights.__getitem__)
-
-
-def opd_step(
-    config: Config, student_path: Path, manifest: Path, micro_size: int, reuse: bool = True
-) -> tuple[dict, dict]:
+def one_opd_step(config: Config, student_path: Path, manifest: Path, micro_size: int) -> tuple[dict, dict]:
     """Totals and weights of one OPD step of a student against itself or another teacher, in this process group."""
     engine = start(config)
-    utterances = read_manifest(manifest)[:8]
-    share = len(utterances) // engine.world_size
-    utterances = utterances[engine.rank * share : (engine.rank + 1) * share]
-    processor = load_processor(student_path)
-    tokenizer = processor.tokenizer
-    vocab_size = engine.model_config.vocab_size
-    blocked_V = blocked_mask(blocked_token_ids(tokenizer, vocab_size, tokenizer.eos_token_id), vocab_size)
-    inputs = processor.build_inputs(Collator().collate(utterances)[0])
-    with engine.generation_mode():
-        if reuse and "encoder" in config.student.freeze:
-            inputs |= engine.encode(inputs.pop("audios"), inputs.pop("audio_mask"))
-        rollout = decode(
-            engine.generate_forward, inputs, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
-            blocked_V=blocked_V, max_new_tokens=10, top_k=8,
-        )  # fmt: skip
-    teacher = ArkasrTeacher(config.to_dict(), str(student_path))
-    micros = []
-    lengths_B = inputs["attention_mask"].sum(1) + rollout.response_mask_BT.sum(1)
-    micro_rows = micro_batch_rows(lengths_B.tolist(), dataclasses.replace(config.train, micro_batch_size=micro_size))
-    for rows, part in zip(micro_rows, split(rollout, micro_rows), strict=True):
-        score = teacher.score([utterances[row] for row in rows], part.to_dict())
-        trained = Rollout.from_dict(part.to_dict())
-        assert torch.equal(trained.response_ids_BT, rollout.response_ids_BT[rows, : part.response_ids_BT.shape[1]])
-        micros.append(
-            opd_micro_batch(inputs, rows, trained, TeacherScore.from_dict(score), config.rollout, torch.device("cpu"))
-        )
-        written = part.response_mask_BT
-        assert torch.equal(
-            micros[-1].inputs["input_ids"][:, -written.shape[1] :][written], part.response_ids_BT[written]
-        )
-    with engine.train_mode():
-        totals = engine.train_batch(micros, opd_objective(config.loss, blocked_V, tokenizer.eos_token_id))
-    return totals, engine.full_state_dict()
+    return opd_step(engine, student_path, manifest, micro_size), engine.full_state_dict()
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd", "sampled_kl", "full_kl"])
 def test_a_teacher_equal_to_the_student_gives_no_loss(tiny_dir: Path, speech: dict[str, Path], kind: str) -> None:
     config = make_config(tiny_dir, "opd", loss={"kind": kind, "top_k": 8})
-    totals, _ = run_ranks(1, opd_step, config, tiny_dir, speech["unlabelled"], 4)[0]
+    totals, _ = run_ranks(1, one_opd_step, config, tiny_dir, speech["unlabelled"], 4)[0]
     assert abs(totals["loss"]) < 1e-5
     assert totals["grad_norm"] < 1e-4
     assert totals["overlap"] / totals["positions"] == pytest.approx(1.0)
@@ -127,7 +75,7 @@ def test_opd_step_is_the_same_however_it_is_spread(
 ) -> None:
     other = create_seed(tmp_path / "teacher", sizes=SIZES, corpus=CORPUS, vocab_size=360, seed=9)
     config = spread_config(tiny_dir, "opd", teacher={"path": str(other)}, loss={"renormalize": renormalize})
-    one = run_ranks(1, opd_step, config, tiny_dir, speech["unlabelled"], 8)[0]
+    one = run_ranks(1, one_opd_step, config, tiny_dir, speech["unlabelled"], 8)[0]
     assert one[0]["loss"] > 0.01
     counts = dict.fromkeys(("tokens", "forwards", "drafted", "accepted", "finished", "looped", "empty"), 1)
     metrics = opd_metrics(one[0], counts, 8, 1.0)
@@ -135,33 +83,20 @@ def test_opd_step_is_the_same_however_it_is_spread(
     names = ("loss", "grad_norm", "positions", "support_size", "overlap", "teacher_mass", "ends")
     names += () if renormalize else ("student_mass", "k1")
     for ranks, micro_size in ((1, 2), (2, 2)):
-        assert_same_step(run_ranks(ranks, opd_step, config, tiny_dir, speech["unlabelled"], micro_size)[0], one, names)
+        assert_same_step(
+            run_ranks(ranks, one_opd_step, config, tiny_dir, speech["unlabelled"], micro_size)[0], one, names
+        )
 
 
 def test_micro_batches_by_tokens_are_the_same_step(tiny_dir: Path, speech: dict[str, Path], tmp_path: Path) -> None:
     """With 80 positions one rank has fewer micro-batches than the other and runs along on untrained ones."""
     other = create_seed(tmp_path / "teacher", sizes=SIZES, corpus=CORPUS, vocab_size=360, seed=9)
     sections: dict[str, Any] = {"teacher": {"path": str(other)}}
-    one = run_ranks(1, opd_step, spread_config(tiny_dir, "opd", **sections), tiny_dir, speech["unlabelled"], 8)[0]
+    one = run_ranks(1, one_opd_step, spread_config(tiny_dir, "opd", **sections), tiny_dir, speech["unlabelled"], 8)[0]
     for ranks, tokens in ((1, 1), (2, 80), (2, 10_000)):
         config = spread_config(tiny_dir, "opd", **sections, train={"micro_batch_tokens": tokens})
-        step = run_ranks(ranks, opd_step, config, tiny_dir, speech["unlabelled"], 8)[0]
+        step = run_ranks(ranks, one_opd_step, config, tiny_dir, speech["unlabelled"], 8)[0]
         assert_same_step(step, one, ("loss", "grad_norm", "positions", "support_size", "ends", "written"))
-
-
-def test_what_a_frozen_encoder_made_is_used_again(tiny_dir: Path, speech: dict[str, Path], tmp_path: Path) -> None:
-    """The adapter behind it learns; the step is that of the audio itself."""
-    other = create_seed(tmp_path / "teacher", sizes=SIZES, corpus=CORPUS, vocab_size=360, seed=9)
-    student = {"path": str(tiny_dir), "freeze": ["encoder"]}
-    config = spread_config(tiny_dir, "opd", teacher={"path": str(other)}, student=student)
-    reused = run_ranks(2, opd_step, config, tiny_dir, speech["unlabelled"], 2)[0]
-    anew = run_ranks(2, opd_step_from_audio, config, tiny_dir, speech["unlabelled"], 2)[0]
-    assert_same_step(reused, anew, ("loss", "grad_norm", "positions", "support_size"))
-
-
-def opd_step_from_audio(*arguments: Any) -> tuple[dict, dict]:
-    """As `opd_step`, with an engine whose encoder is asked anew in every forward."""
-    return opd_step(*arguments, reuse=False)
 
 
 @pytest.mark.parametrize("freeze", [[], ["decoder"]])

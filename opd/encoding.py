@@ -12,8 +12,10 @@ ROWS = 8  # clips that are encoded together
 Encode = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-def encode_by_length(encode: Encode, audios: torch.Tensor, audio_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the encoder makes of each clip, as inputs that take the place of the audio (`TrainedStudent.forward`)."""
+def encode_by_length(
+    encode: Encode, audios: torch.Tensor, audio_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the encoder makes of each clip, padded: (encoded (B, E, D), mask (B, E))."""
     frames_B = audio_mask.sum(1)
     order = frames_B.argsort(descending=True)
     encoded: list[torch.Tensor] = []
@@ -25,4 +27,4 @@ def encode_by_length(encode: Encode, audios: torch.Tensor, audio_mask: torch.Ten
         encoded.append(functional.pad(part_BED, (0, 0, 0, missing)))
         masks.append(functional.pad(mask_BE, (0, missing)))
     place = order.argsort()
-    return {"encoded_BED": torch.cat(encoded)[place], "encoded_mask_BE": torch.cat(masks)[place]}
+    return torch.cat(encoded)[place], torch.cat(masks)[place]
