@@ -40,6 +40,7 @@ from data.buckets import spread_by_length
 from data.manifest import read_manifest
 from data.sampler import EpochSampler
 from opd.config import load_config
+from opd.cpu_linear import use_faster_linears
 from opd.resolve import resolve
 from opd.rollout.decode import split
 from opd.rollout.speculative import forward_cost, speculate
@@ -105,6 +106,7 @@ class OurSide:
         self.encode_by_length = encode_by_length
         self.config, self.parts = config, objectives
         model = load_model(config.student.path, attn_implementation=config.student.attn_implementation)
+        use_faster_linears(model)
         choose_trained(model, config.student.freeze, config.lora)
         self.module = base_engine.TrainedStudent(model)
         self.processor = load_processor(config.student.path)

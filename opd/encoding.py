@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 ROWS = 8  # clips that are encoded together
+FRAMES = 16  # their mel frames are a multiple of this
 # (audios (B, M, F), audio_mask (B, F)) -> (encoded (B, E, D), mask (B, E))
 Encode = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -21,7 +22,8 @@ def encode_by_length(
     encoded: list[torch.Tensor] = []
     masks: list[torch.Tensor] = []
     for rows in order.split(ROWS):
-        frames = int(frames_B[rows].max())
+        # oneDNN prepares its convolutions for each length that it sees.
+        frames = min(audios.shape[2], -(-int(frames_B[rows].max()) // FRAMES) * FRAMES)
         part_BED, mask_BE = encode(audios[rows, :, :frames], audio_mask[rows, :frames])
         missing = encoded[0].shape[1] - part_BED.shape[1] if encoded else 0  # the longest come first
         encoded.append(functional.pad(part_BED, (0, 0, 0, missing)))

@@ -19,6 +19,7 @@ from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine.base import BaseEngine
 
 from opd.arkasr import load_model
+from opd.cpu_linear import use_faster_linears
 from opd.encoding import encode_by_length
 from opd.rollout.graphs import GraphSteps
 from opd.rollout.steps import DecoderSteps, can_step
@@ -114,6 +115,7 @@ class StudentEngine(BaseEngine):
         torch.manual_seed(self.config.seed)
         model = load_model(self.path, dtype=torch.float32, attn_implementation=self.config.student.attn_implementation)
         self.model_config = model.config
+        use_faster_linears(model)
         choose_trained(model, self.config.student.freeze, self.config.lora)
         if self.config.student.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers.activations import ACT2FN
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model, Qwen2RMSNorm
 
+from opd.cpu_linear import add_linear, linear
 from opd.rollout.cache import RowCache
 
 
@@ -34,8 +35,8 @@ class DecoderSteps:
             (
                 (layer.input_layernorm.weight, layer.post_attention_layernorm.weight),
                 [(p.weight, p.bias) for p in map(_linear, (a.q_proj, a.k_proj, a.v_proj))],
-                _linear(a.o_proj).weight.t(),
-                (_linear(m.gate_proj).weight, _linear(m.up_proj).weight, _linear(m.down_proj).weight.t()),
+                _linear(a.o_proj).weight,
+                (_linear(m.gate_proj).weight, _linear(m.up_proj).weight, _linear(m.down_proj).weight),
             )
             for layer in decoder.layers
             for a, m in [(layer.self_attn, layer.mlp)]
@@ -77,11 +78,12 @@ class DecoderSteps:
         for index, (norms, projections, out_weight, (gate_weight, up_weight, down_weight)) in enumerate(self.layers):
             y_ND = self._norm(x_ND, norms[0])
             attended_ND = self._attend(y_ND, projections, rotation, mask, past_key_values, index, (rows, width))
-            x_ND = torch.addmm(x_ND, attended_ND, out_weight)
+            x_ND = add_linear(x_ND, attended_ND, out_weight)
             y_ND = self._norm(x_ND, norms[1])
-            gate = self.activation(functional.linear(y_ND, gate_weight))
-            x_ND = torch.addmm(x_ND, gate.mul_(functional.linear(y_ND, up_weight)), down_weight)
-        logits_NV = torch.mm(self._norm(x_ND, self.norm), self.head.t(), out=out_NV)
+            gate = self.activation(linear(y_ND, gate_weight))
+            x_ND = add_linear(x_ND, gate.mul_(linear(y_ND, up_weight)), down_weight)
+        y_ND = self._norm(x_ND, self.norm)
+        logits_NV = linear(y_ND, self.head) if out_NV is None else torch.mm(y_ND, self.head.t(), out=out_NV)
         return SimpleNamespace(logits=logits_NV.view(rows, width, -1))
 
     def _norm(self, x_ND: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -99,7 +101,7 @@ class DecoderSteps:
     ) -> torch.Tensor:
         """Attention before its output projection: (N, heads * head_dim)."""
         heads, kv_heads, head_dim = self.num_heads, self.num_kv_heads, self.head_dim
-        q, k, v = (functional.linear(y_ND, weight, bias) for weight, bias in projections)
+        q, k, v = (linear(y_ND, weight, bias) for weight, bias in projections)
         turned = torch.cat([q, k], 1).view(-1, heads + kv_heads, head_dim)
         turned = torch.addcmul(turned * rotation[0], turned.roll(head_dim // 2, -1), rotation[1])
         keys, values = cache.update(

@@ -15,6 +15,7 @@ import torch
 
 from data.collate import Collator
 from opd.arkasr import ArkasrConfig, load_processor
+from opd.cpu_linear import use_faster_linears
 from opd.rollout.decode import decode
 from opd.support import candidate_ids, score_support
 from opd.teachers.mapping import MappedRollout, ResponseMapper, control_ids
@@ -38,6 +39,7 @@ class CausalTeacher(ABC):
             self.section["path"], DTYPES[self.section["dtype"]], self.section["attn_implementation"]
         )
         self.model = model.to(self.device).eval()
+        use_faster_linears(self.model)
         self.tokenizer = self.processor.tokenizer
         self.output = OutputLayer(self.model)
         self.taken = set(inspect.signature(self.model.forward).parameters)
