@@ -95,19 +95,19 @@ def _forward_product(
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
-        x_NI = _rows(x)
-        ctx.save_for_backward(x_NI, weight_OI)
-        return _forward_product(x, x_NI, weight_OI, bias_O)
+        ctx.save_for_backward(x, weight_OI)  # x without its rows of zeros: other layers may hold it too
+        return _forward_product(x, _rows(x), weight_OI, bias_O)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_NI, weight_OI = ctx.saved_tensors
+        x, weight_OI = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         grad_NO = _rows(grads[0])
         grad_x = _forward_product(grads[0], grad_NO, weight_OI.t()) if needs_x else None
         grad_OI = None
         if needs_weight:
+            x_NI = _rows(x)
             # The fewer rows the product has, the faster it is.
             narrow = weight_OI.shape[0] < weight_OI.shape[1]
             grad_OI = _product(grad_NO.t(), x_NI.t()) if narrow else _product(x_NI.t(), grad_NO.t()).t().contiguous()

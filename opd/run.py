@@ -29,6 +29,7 @@ from opd.step_metrics import opd_metrics, overhead_seconds, sft_metrics, start_s
 from opd.survival import Stopped, StopSignal
 from opd.tables import print_table
 from opd.teacher_data import TeacherData
+from opd.teachers.cache import KeptTexts
 from opd.teachers.environment import check_environments
 from opd.teachers.routing import Router
 from opd.training_data import BatchLog, TrainingData
@@ -59,7 +60,7 @@ class Run:
         self.saver = Saver(run_dir)
         self._spread = LengthSpread(config.num_ranks) if config.data.group_by_length else list
         self.stop_signal = StopSignal(config.checkpoint.grace_s)
-        self.drafts = DraftTexts(config.rollout.draft, self.state.setdefault("drafts", {}))
+        self.drafts = DraftTexts(config.rollout.draft, self.state.setdefault("drafts", {}), KeptTexts(config))
         with self.timer("data"):
             self._read_data()
         if self.step:

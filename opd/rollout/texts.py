@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from opd.types import Batch
 
@@ -19,22 +19,32 @@ class DraftTexts:
               must draft as an unbroken one does, for forwards of other shapes differ in their last bits
     """
 
-    def __init__(self, source: str, earlier: dict[str, str], limit: int = MAX_DRAFTS) -> None:
+    def __init__(
+        self,
+        source: str,
+        earlier: dict[str, str],
+        teacher: Callable[[Batch], Mapping[str, str]] | None = None,
+        limit: int = MAX_DRAFTS,
+    ) -> None:
         """source: auto (the first there is), reference, earlier, ctc (the ranks make those) or none.
 
-        limit   how many `earlier` holds at most
+        teacher   utterance id -> what a teacher wrote, of those for which that is known
+        limit     how many `earlier` holds at most
         """
         self.source = source
         self.earlier = earlier
+        self.teacher = teacher
         self.limit = limit
 
-    def of(self, batch: Batch, teacher: Mapping[str, str] | None = None) -> list[str | None]:
-        """One text, or None, for each utterance; `teacher` has transcripts by utterance id."""
+    def of(self, batch: Batch) -> list[str | None]:
+        """One text, or None, for each utterance."""
         if self.source in ("none", "ctc"):
             return [None] * len(batch)
         references = {u.id: u.text for u in batch} if self.source != "earlier" else {}
         earlier = self.earlier if self.source != "reference" else {}
-        teacher = teacher or {} if self.source == "auto" else {}
+        teacher: Mapping[str, str] = {}
+        if self.teacher is not None and self.source == "auto":
+            teacher = self.teacher([u for u in batch if not u.text])
         return [references.get(u.id) or teacher.get(u.id) or earlier.get(u.id) for u in batch]
 
     def keep(self, batch: Batch, texts: Sequence[str]) -> None:

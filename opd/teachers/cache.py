@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -24,12 +24,63 @@ from data.sound import file_of
 from opd.support import NUM_EXTRA
 from opd.teachers.base import Teacher
 from opd.teachers.merging import EMPTY, merge_scores
-from opd.types import Batch, Rollout, TeacherTranscript
+from opd.teachers.routing import Router
+from opd.types import Batch, Rollout, TeacherTranscript, Utterance
+
+if TYPE_CHECKING:
+    from opd.schema import Config
 
 Tensors = dict[str, torch.Tensor]
 VERSION = 1  # of what is stored; raise it when scores or transcripts of the same inputs change
 WHOLE_BELOW = 64 << 20  # bytes; of larger weight files both ends and the size are read
 END = 1 << 20
+
+
+class CacheFolder:
+    """The files of one teacher in `teacher.cache_dir`. `config` is a config as a dictionary, its teacher section that one's."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        section, rollout = config["teacher"], config["rollout"]
+        self.folder = Path(section["cache_dir"]).expanduser()
+        told = {name: section[name] for name in ("kind", "language", "prompt", "dtype")}
+        self.identity = [VERSION, fingerprint(section["path"]), told, config["data"]["max_seconds"]]
+        self.decoding = {name: rollout[name] for name in ("max_new_tokens", "max_repeats")}
+
+    def path(self, what: str, utterance: Utterance, asked: Any, suffix: str) -> Path:
+        parts = [what, self.identity, _audio_identity(utterance), utterance.language, asked]
+        digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+        return self.folder / what / digest[:2] / f"{digest}{suffix}"
+
+    def transcript_path(self, utterance: Utterance) -> Path:
+        return self.path("transcript", utterance, self.decoding, ".json")
+
+    def transcript(self, utterance: Utterance) -> TeacherTranscript | None:
+        """What the teacher wrote, where it is kept."""
+        path = self.transcript_path(utterance)
+        return TeacherTranscript(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
+class KeptTexts:
+    """Kept transcripts of a run's teachers, for a process that has none of them."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.router = config, Router(config)
+        self.folders: dict[str, CacheFolder] = {}
+
+    def __call__(self, utterances: Batch) -> dict[str, str]:
+        """Utterance id -> transcript, of those whose teacher keeps one."""
+        texts = {}
+        for utterance in utterances:
+            name = self.router.route(utterance)
+            if name is None or not self.router.teachers[name].cache_dir:
+                continue
+            if name not in self.folders:
+                section = asdict(self.router.teachers[name])
+                self.folders[name] = CacheFolder(self.config.to_dict() | {"teacher": section})
+            transcript = self.folders[name].transcript(utterance)
+            if transcript is not None:
+                texts[utterance.id] = transcript.text
+        return texts
 
 
 class CachedTeacher:
@@ -40,16 +91,12 @@ class CachedTeacher:
     """
 
     def __init__(self, teacher: Teacher, config: dict[str, Any]) -> None:
-        section, loss, rollout = config["teacher"], config["loss"], config["rollout"]
-        self.teacher = teacher
-        self.folder = Path(section["cache_dir"]).expanduser()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        loss, rollout = config["loss"], config["rollout"]
+        self.teacher, self.kept = teacher, CacheFolder(config)
+        self.kept.folder.mkdir(parents=True, exist_ok=True)
         self.keeps_scores = (
             rollout["source"] == "manifest" and loss["support"] == "teacher" and loss["kind"] != "full_kl"
         )
-        told = {name: section[name] for name in ("kind", "language", "prompt", "dtype")}
-        self.identity = [VERSION, fingerprint(section["path"]), told, config["data"]["max_seconds"]]
-        self.decoding = {name: rollout[name] for name in ("max_new_tokens", "max_repeats")}
         self.scoring = {name: loss[name] for name in ("top_k", "temperature")}
         self.hits = self.misses = 0
 
@@ -60,8 +107,8 @@ class CachedTeacher:
 
     def transcribe(self, utterances: Batch) -> list[TeacherTranscript]:
         """The kept transcripts, and the teacher's of the others, which are kept then. Bad audio is not kept."""
-        paths = [self._path("transcript", utterance, self.decoding, ".json") for utterance in utterances]
-        found = {row: self._read_transcript(path) for row, path in enumerate(paths) if path.exists()}
+        kept = {row: self.kept.transcript(utterance) for row, utterance in enumerate(utterances)}
+        found = {row: transcript for row, transcript in kept.items() if transcript is not None}
         missing = [row for row in range(len(utterances)) if row not in found]
         self._count(len(found), len(missing))
         if missing:
@@ -69,12 +116,9 @@ class CachedTeacher:
             for row, transcript in zip(missing, written, strict=True):
                 found[row] = transcript
                 if transcript.error is None:
-                    _replace(paths[row], lambda temp, one=transcript: temp.write_text(json.dumps(asdict(one))))
+                    path = self.kept.transcript_path(utterances[row])
+                    _replace(path, lambda temp, one=transcript: temp.write_text(json.dumps(asdict(one))))
         return [found[row] for row in range(len(utterances))]
-
-    @staticmethod
-    def _read_transcript(path: Path) -> TeacherTranscript:
-        return TeacherTranscript(**json.loads(path.read_text(encoding="utf-8")))
 
     # -- scores ------------------------------------------------------------------------------------------------------
 
@@ -89,7 +133,7 @@ class CachedTeacher:
         lengths = written.response_mask_BT.sum(1).tolist()
         ids = [row[:length] for row, length in zip(written.response_ids_BT.tolist(), lengths, strict=True)]
         paths = [
-            self._path("score", utterance, [self.scoring, row], ".safetensors")
+            self.kept.path("score", utterance, [self.scoring, row], ".safetensors")
             for utterance, row in zip(utterances, ids, strict=True)
         ]
         missing = [row for row, path in enumerate(paths) if not path.exists()]
@@ -125,13 +169,6 @@ class CachedTeacher:
         merged = merged | {"candidate_logprobs_BTC": torch.cat([topk, extra], dim=2)}
         return {name: _lengthened(tensor, length, EMPTY.get(name, 0)) for name, tensor in merged.items()}
 
-    # -- names -------------------------------------------------------------------------------------------------------
-
-    def _path(self, what: str, utterance: Any, asked: Any, suffix: str) -> Path:
-        parts = [what, self.identity, _audio_identity(utterance), utterance.language, asked]
-        digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-        return self.folder / what / digest[:2] / f"{digest}{suffix}"
-
     def _count(self, hits: int, misses: int) -> None:
         self.hits += hits
         self.misses += misses
@@ -165,7 +202,7 @@ def _blocks(file: Path) -> Iterable[bytes]:
             yield stream.read(END)
 
 
-def _audio_identity(utterance: Any) -> list[Any]:
+def _audio_identity(utterance: Utterance) -> list[Any]:
     file = file_of(utterance.audio)
     try:
         stat = os.stat(file or "")

@@ -27,7 +27,14 @@ def test_the_first_there_is(source: str, first: list, with_teacher: list, second
     saved: dict[str, str] = {}
     drafts = DraftTexts(source, saved)
     assert drafts.of(BATCH) == first
-    assert drafts.of(BATCH, TEACHER) == with_teacher
+    asked: list[str] = []
+
+    def teacher(batch: list[Utterance]) -> dict[str, str]:
+        asked.extend(u.id for u in batch)
+        return {u.id: TEACHER[u.id] for u in batch if u.id in TEACHER}
+
+    assert DraftTexts(source, saved, teacher).of(BATCH) == with_teacher
+    assert asked == (["b", "c"] if source == "auto" else []), "a reference needs no teacher"
     drafts.keep(BATCH, ["wrote a", "wrote b", ""])
     assert drafts.of(BATCH) == second
     assert DraftTexts(source, dict(saved)).of(BATCH) == second, "as a continued run does"

@@ -14,10 +14,11 @@ from tiny_teachers import ARKASR, STUDENT
 
 from data.manifest import read_manifest
 from opd.arkasr import load_model, load_processor
+from opd.config import config_from_dict
 from opd.rollout.forced import forced
 from opd.support import NUM_EXTRA
 from opd.teachers import make_teacher
-from opd.teachers.cache import CachedTeacher, fingerprint
+from opd.teachers.cache import CachedTeacher, KeptTexts, fingerprint
 from opd.types import Batch
 from opd.vocab import blocked_mask
 
@@ -48,6 +49,23 @@ def test_transcripts_are_kept(make_config: Callable, utterances: Batch, tmp_path
     assert (second.hits, second.misses) == (3, 3)
 
 
+def test_a_run_finds_what_its_teachers_have_written(utterances: Batch, tmp_path: Path) -> None:
+    routed = [dataclasses.replace(u, extra={"room": str(i % 2)}) for i, u in enumerate(utterances)]
+    values = {
+        "recipe": "test", "stage": "opd", "student": {"path": str(STUDENT)}, "data": {"train_manifest": "none"},
+        "teacher": {
+            "path": str(ARKASR),
+            "routes": {"quiet": {"match": {"room": "0"}, "cache_dir": str(tmp_path)}, "loud": {}},
+        },
+    }  # fmt: skip
+    config = config_from_dict(values)
+    section = dataclasses.asdict(config.teacher.by_route()["quiet"])
+    written = make_teacher(config.to_dict() | {"teacher": section}, str(STUDENT)).transcribe(routed[:3])
+    assert all(t.text for t in written)
+    assert KeptTexts(config)(routed) == {routed[0].id: written[0].text, routed[2].id: written[2].text}
+    assert KeptTexts(config)(utterances) == {}, "without the field they are the other teacher's, which keeps nothing"
+
+
 def test_scores_of_fixed_texts_are_kept(make_config: Callable, utterances: Batch, tmp_path: Path) -> None:
     config = make_config("arkasr", cache_dir=str(tmp_path), loss={"support": "teacher"})
     config["rollout"]["source"] = "manifest"
@@ -56,7 +74,7 @@ def test_scores_of_fixed_texts_are_kept(make_config: Callable, utterances: Batch
     rows = [[*tokenizer(str(u.text))["input_ids"], tokenizer.eos_token_id] for u in utterances]
     plain = make_teacher(config | {"teacher": config["teacher"] | {"cache_dir": None}}, str(STUDENT))
     kept = make_teacher(config, str(STUDENT))
-    inputs = plain.prompts(utterances)[0][1]
+    inputs = processor.build_inputs(plain.collator.collate(utterances)[0])
     rollout = forced(
         student, inputs, rows, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
         blocked_V=blocked_mask([], student.config.vocab_size), top_k=8,
