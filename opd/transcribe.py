@@ -19,6 +19,7 @@ from opd.arkasr import (
     load_model,
     load_processor,
 )
+from opd.cpu_linear import use_faster_linears
 from opd.types import DTYPES
 
 SAMPLING_RATE = 16_000
@@ -101,6 +102,7 @@ class Transcriber:
         attention = _resolve_attention(attn_implementation, self.device)
         torch_dtype = _resolve_dtype(dtype, self.device, model_path)
         self.model = load_model(model_path, torch_dtype, attention).to(self.device)
+        use_faster_linears(self.model)
         self.generate_options = self._generate_options()
 
     def transcribe(self, waveforms: Sequence[np.ndarray], batch_size: int = 40) -> list[Transcript]:
