@@ -140,18 +140,19 @@ import numpy as np
 import ray
 
 ray.init(log_to_driver=False, logging_level="ERROR")
-room = float(sys.argv[1]) * ray.cluster_resources()["object_store_memory"]
-kept, size = [], 16 << 20
-while size >= 1 << 10:
-    if size > room:
-        size //= 2
-        continue
-    print("putting", size, flush=True)
+room = int(float(sys.argv[1]) * ray.cluster_resources()["object_store_memory"])
+kept, size = [], 32 << 20
+while room >= 1 << 10:
+    size = max(1 << 10, min(size, room) // 2)
     try:
-        kept.append(ray.put(np.ones(size, np.uint8)))
-        room -= size
+        while size <= room:
+            kept.append(ray.put(np.ones(size, np.uint8)))
+            room -= size
+            print("took", size, flush=True)
     except ray.exceptions.OutOfDiskError:
-        size //= 2
+        if size == 1 << 10:
+            print("full", flush=True)
+            time.sleep(0.02)  # and takes what others leave
 print("full", flush=True)
 time.sleep(3600)
 """
