@@ -8,111 +8,31 @@ at the end are those of a run that nothing happened to. Each run's output is kep
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import random
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-import psutil
-from safetensors.torch import load_file
-
+from bench.drill_faults import full_store, killed_node, stuck_store, teacher_halves, teacher_without_memory
+from bench.drill_lab import (
+    EVERY,
+    LIMIT_S,
+    Lab,
+    Outcome,
+    ends,
+    ray_head,
+    small_disk,
+    wait_for_restart,
+    wait_for_step,
+)
 from data.manifest import read_manifest, write_manifest
-from data.synthetic import make_set
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "helpers"))
-from main_job import ray_head, wait_for_step  # noqa: E402
-from two_nodes import ray_nodes  # noqa: E402
-
-STEPS, EVERY, LIMIT_S = 12, 4, 300.0
-SMALL = [
-    f"train.num_steps={STEPS}", f"checkpoint.checkpoint_every={EVERY}", "train.batch_size=8", "train.micro_batch_size=2",
-    "train.log_every=1", "optim.warmup_steps=2", "data.eval_manifests={}", "wandb.mode=disabled", "cluster.num_teachers=1",
-]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One row. seconds: until the run went on or ended; lost: steps that were done again; equal: the weights, None where
-    the run was to end for good."""
-
-    sees: str
-    seconds: float
-    lost: int
-    equal: bool | None
-
-
-class Lab:
-    """Where the runs happen. `env` has the address of a Ray head that they share."""
-
-    def __init__(self, folder: Path, env: dict[str, str]) -> None:
-        self.folder, self.env = folder, env
-        self.manifest = folder / "train.jsonl"
-        self.name = ""
-        utterances = read_manifest(make_set(folder, "speech", 64, seed=5))
-        write_manifest(self.manifest, [replace(utterance, text=None) for utterance in utterances])
-
-    @property
-    def run_dir(self) -> Path:
-        return self.folder / self.name / "run"
-
-    def start(self, *overrides: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-        arguments = [sys.executable, "-m", "opd.train", "recipe=tiny", *SMALL, f"data.train_manifest={self.manifest}"]
-        with open(self.folder / f"{self.name}.log", "a", encoding="utf-8") as log:
-            return subprocess.Popen(
-                [*arguments, f"run_dir={self.run_dir}", *overrides], env=env or self.env, cwd=ROOT, text=True, stdout=log,
-                stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-
-    def end(self, process: subprocess.Popen[str]) -> tuple[int, str]:
-        """Exit status and the last line that begins like an answer to the fault."""
-        try:
-            status = process.wait(LIMIT_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            return -1, f"HUNG for {LIMIT_S:g} s"
-        return status, self.told()
-
-    def told(self) -> str:
-        text = (self.folder / f"{self.name}.log").read_text(encoding="utf-8", errors="replace")
-        lines = re.findall(r"^(?:error: |step \d+: |stopped after|.*checkpoint skipped).*$", text, re.MULTILINE)
-        return re.sub(r"/\S*/", "", lines[-1])[:230] if lines else "nothing"
-
-    def pids(self, kind: str) -> list[int]:
-        return json.loads((self.run_dir / "workers.json").read_text())[kind]
-
-    def last_step(self) -> int:
-        path = self.run_dir / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
-
-    def went_on_after(self) -> int:
-        """The step that the run last went on from; 0 where it began anew."""
-        text = (self.folder / f"{self.name}.log").read_text(encoding="utf-8", errors="replace")
-        found = re.findall(r"^going on after step (\d+)", text, re.MULTILINE)
-        return int(found[-1]) if found else 0
-
-    def newest_checkpoint(self) -> int:
-        return max((int(p.parent.name[5:]) for p in self.run_dir.glob("checkpoints/step-*/COMPLETE")), default=0)
-
-    def is_reference(self) -> bool:
-        ours = load_file(self.run_dir / "export" / "model.safetensors")
-        expected = load_file(self.folder / "unbroken" / "run" / "export" / "model.safetensors")
-        return ours.keys() == expected.keys() and all(ours[name].equal(expected[name]) for name in ours)
-
-    def again(self, *overrides: str) -> None:
-        """Starts the run again, to its end."""
-        status, said = self.end(self.start(*overrides))
-        assert status == 0, said
 
 
 def unbroken(lab: Lab) -> Outcome:
@@ -133,16 +53,6 @@ def lost_worker(lab: Lab, kind: str, number: signal.Signals, *overrides: str) ->
     status, said = lab.end(process)
     assert status == 0, said
     return Outcome(sees, went_on, max(0, before - lab.went_on_after()), lab.is_reference())
-
-
-def wait_for_restart(lab: Lab, process: subprocess.Popen[str]) -> None:
-    """Returns when a run that lost a worker has done a step again."""
-    deadline = time.monotonic() + LIMIT_S
-    restarts = lab.run_dir / "restarts.jsonl"
-    while not restarts.exists() or not lab.went_on_after() or lab.last_step() <= lab.went_on_after():
-        assert process.poll() is None, lab.told()
-        assert time.monotonic() < deadline, "no restart"
-        time.sleep(0.1)
 
 
 def killed_driver(lab: Lab) -> Outcome:
@@ -224,17 +134,6 @@ def flip_a_bit(path: Path) -> None:
         file.write(bytes([byte ^ 1]))
 
 
-@contextlib.contextmanager
-def small_disk(path: Path, megabytes: int) -> Iterator[None]:
-    """A file system in memory; needs root."""
-    path.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(path)], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(path)], check=False)
-
-
 def full_disk(lab: Lab) -> Outcome:
     """The disk has room for one checkpoint (about 5 MB) and not for the second; then room is made."""
     place = lab.folder / lab.name
@@ -260,14 +159,6 @@ def read_only(lab: Lab) -> Outcome:
         subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
         status, said = lab.end(lab.start())
         assert status == 1, said
-    return Outcome(said, time.monotonic() - began, 0, None)
-
-
-def ends(lab: Lab, *overrides: str) -> Outcome:
-    """The run is to end with one error line."""
-    began = time.monotonic()
-    status, said = lab.end(lab.start(*overrides))
-    assert status == 1, (status, said)
     return Outcome(said, time.monotonic() - began, 0, None)
 
 
@@ -297,30 +188,6 @@ def blocking_audio(lab: Lab) -> Outcome:
     return ends(lab, spoilt_manifest(lab, os.mkfifo), "data.read_timeout_s=5")
 
 
-def killed_node(lab: Lab) -> Outcome:
-    """One of three nodes loses its power; the ranks that were there come back on the third."""
-    (lab.folder / lab.name).mkdir()
-    with ray_nodes(lab.folder / lab.name, num_nodes=3, num_cpus=1) as cluster:
-        spread = [
-            "cluster.num_nodes=2",
-            "cluster.ranks_per_node=1",
-            "cluster.network_interface=lo",
-            "cluster.cpus_per_rank=1",
-        ]
-        spread += ["cluster.cpus_per_teacher=0"]
-        process = lab.start(*spread, env=cluster.env)
-        wait_for_step(process, lab.run_dir, 6)
-        last_rank = psutil.Process(lab.pids("student")[-1])
-        node = next(n for n in cluster.nodes if n.raylet_pid == last_rank.ppid())
-        node.kill()
-        broke, before = time.monotonic(), lab.last_step()
-        wait_for_restart(lab, process)
-        went_on, sees = time.monotonic() - broke, lab.told()
-        status, said = lab.end(process)
-        assert status == 0, said
-    return Outcome(sees, went_on, max(0, before - lab.went_on_after()), lab.is_reference())
-
-
 SILENT = ["cluster.collective_timeout_s=10", "cluster.call_timeout_s=15"]
 DRILLS: dict[str, Callable[[Lab], Outcome]] = {
     "unbroken": unbroken,
@@ -329,7 +196,8 @@ DRILLS: dict[str, Callable[[Lab], Outcome]] = {
     "teacher worker killed": lambda lab: lost_worker(lab, "teacher", signal.SIGKILL),
     "student rank stalled": lambda lab: lost_worker(lab, "student", signal.SIGSTOP, *SILENT),
     "teacher worker stalled": lambda lab: lost_worker(lab, "teacher", signal.SIGSTOP, *SILENT),
-    "node killed": killed_node,
+    "node killed": lambda lab: killed_node(lab, lambda node: node.kill()),
+    "raylet killed": lambda lab: killed_node(lab, lambda node: os.kill(node.raylet_pid, signal.SIGKILL)),
     "SIGTERM": asked_to_stop,
     "killed while saving, ten times": killed_while_saving,
     "checkpoint file truncated": lambda lab: damaged(lab, truncate),
@@ -340,6 +208,10 @@ DRILLS: dict[str, Callable[[Lab], Outcome]] = {
     "corrupt wav, stop": lambda lab: corrupt_wav(lab, "stop"),
     "corrupt wav, skip": lambda lab: corrupt_wav(lab, "skip"),
     "audio that blocks": blocking_audio,
+    "teacher out of memory, half fits": teacher_halves,
+    "teacher out of memory, half does not": teacher_without_memory,
+    "object store and its disk full": full_store,
+    "object store full, cannot spill": stuck_store,
 }
 
 

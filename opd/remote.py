@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
+from opd.object_store import ADVICE, FULL_ERRORS, StoreFull, full_error, high_use, stuck_stores
 from opd.survival import WorkerDied, WorkerHung
 
+LOOK_S = 60.0  # this long without an answer, and it is looked whether the object store still takes anything
+PUT_S = 60.0  # for an empty object, and a worker that may have to start for it; a slow disk makes the store slow
 SETTLE_S = 5.0  # a rank that dies takes others with it; this long after the first error it is seen who is dead
 # What a rank raises when another is gone or silent in the middle of a collective; other errors are its own, and the ranks
 # that wait for it then are neither dead nor hung.
@@ -30,20 +35,25 @@ def wait(refs: Any, what: str, timeout_s: float, names: Sequence[str] = ()) -> A
 
     names   who answers each of them, for the error
 
-    Raises WorkerHung, WorkerDied, WorkerError where a worker failed, and ValueError where the worker raised one
-    (something the user can mend). As soon as one of several calls fails, the others are not waited for.
+    Raises WorkerHung, WorkerDied, WorkerError where a worker failed, StoreFull where Ray's object store is, and ValueError
+    where the worker raised one (something the user can mend). As soon as one of several calls fails, the others are not
+    waited for.
     """
     several = refs if isinstance(refs, list) else [refs]
     called = list(names) if len(names) == len(several) else ["a worker"] * len(several)
     try:
-        return ray.get(refs, timeout=timeout_s)
+        return _get(refs, what, timeout_s)
     except GetTimeoutError as error:
         silent = _listed(_state(several, called, 0.0)[1])
+        used = "".join(f"; of the object store is used {use}" for use in high_use().values())
         raise WorkerHung(
-            f"waited {timeout_s:g} s for {what}; no answer from {silent}; the limits are cluster.*_timeout_s"
+            f"waited {timeout_s:g} s for {what}; no answer from {silent}; the limits are cluster.*_timeout_s{used}"
         ) from error
     except RayTaskError as error:
         cause = error.cause if isinstance(error.cause, BaseException) else error
+        if isinstance(cause, FULL_ERRORS):
+            node = re.search(r"ip=([^,)\s]+)", str(error))  # Ray has it nowhere else by now
+            raise full_error(what, f"node {node[1]}" if node else "a worker's node", cause) from error
         if isinstance(cause, ValueError):
             raise ValueError(str(cause)) from error
         kind = type(cause).__name__
@@ -54,9 +64,26 @@ def wait(refs: Any, what: str, timeout_s: float, names: Sequence[str] = ()) -> A
             if silent_names:
                 raise WorkerHung(f"{_listed(silent_names)} hung during {what} ({kind}: {_short(cause)})") from error
         raise WorkerError(f"{what} failed: {kind}: {cause}", kind) from error
+    except FULL_ERRORS as error:
+        raise full_error(what, "the driver's node", error) from error
     except RayError as error:  # a dead actor, a dead node, an object that was lost with its node
         dead = _state(several, called, SETTLE_S)[0] or ["a worker"]
         raise WorkerDied(f"{_listed(dead)} died during {what}: {_short(error)}") from error
+
+
+def _get(refs: Any, what: str, timeout_s: float) -> Any:
+    """`ray.get` that looks, now and then, whether it is waiting for a full object store. Raises GetTimeoutError, StoreFull."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            return ray.get(refs, timeout=min(max(left, 0.0), LOOK_S, timeout_s / 3))
+        except GetTimeoutError:
+            if time.monotonic() >= deadline:
+                raise
+            stuck = stuck_stores(PUT_S)
+        if stuck:
+            raise StoreFull(f"{what}: Ray's object store takes nothing more, used is {', '.join(stuck)}: {ADVICE}")
 
 
 def _state(refs: list[Any], names: list[str], settle_s: float) -> tuple[list[str], list[str]]:

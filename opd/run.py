@@ -221,6 +221,7 @@ class Run:
         batch, rollout = scored.batch, scored.rollout
         metrics = opd_metrics(sums, rollout.sums, len(batch), scored.coverage)
         metrics |= {"rollout/staleness": scored.staleness, "time/data": rollout.waited_s}
+        metrics["teacher/halved"] = self.teacher.counts["halved"]
         if self.gate is not None:
             metrics["gate/left_out_share"] = self.gate.num_left_out / max(1, self.gate.num_checked)
         bad_ids = self.bad_audio.note(step, rollout.bad, len(batch))

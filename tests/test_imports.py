@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DRIVER = {"opd.train", "opd.run", "opd.workers", "opd.doctor.live"}
-RAY_ALLOWED = DRIVER | {"opd.remote", "opd.teachers.actor"}
+RAY_ALLOWED = DRIVER | {"opd.remote", "opd.object_store", "opd.teachers.actor"}
 HEAVY = {"vllm", "deepspeed", "wandb", "jiwer", "matplotlib"}
 ONLY_IN = {"wandb": {"opd.metrics"}, "jiwer": {"opd.evaluate"}, "deepspeed": {"trainers.zero", "opd.zero_checkpoint"}}
 

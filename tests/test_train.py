@@ -76,6 +76,7 @@ def jobs(speech: dict[str, Path], cluster: dict[str, str], folder: Path) -> Iter
     plans: dict[str, Callable[[], Result]] = {
         "unbroken": lambda: run(command(speech, folder / "unbroken", "wandb.mode=offline"), own_ray),
         "broken": lambda: kill_twice(command(speech, folder / "broken"), cluster, folder / "broken"),
+        "zero": lambda: lose_a_rank(command(speech, folder / "zero", "engine=deepspeed"), cluster, folder / "zero"),
         "job": lambda: submit(command(speech, folder / "job", *STOP_EARLY), cluster),
         "relative": lambda: submit_by_hand(command(speech, Path("runs/x")), cluster),
         "sft": lambda: run(command(speech, folder / "sft", *sft, recipe="tiny_student"), cluster),
@@ -114,6 +115,16 @@ def finished(jobs: dict[str, Future], name: str) -> Result:
 
 def kill_twice(arguments: list[str], env: dict[str, str], run_dir: Path) -> Result:
     """A run in which a rank is killed with SIGKILL in step 4, and replaced, then the driver in step 6; the next ends it."""
+    process = kill_rank(arguments, env, run_dir)
+    wait_for_step(process, run_dir, 5)
+    process.kill()
+    process.communicate(timeout=120)
+    assert not (run_dir / "summary.json").exists()
+    return run(arguments, env)
+
+
+def kill_rank(arguments: list[str], env: dict[str, str], run_dir: Path) -> subprocess.Popen[str]:
+    """A run whose second rank is killed with SIGKILL after step 3, once that was noticed."""
     process = start(arguments, env)
     wait_for_step(process, run_dir, 3)
     rank = json.loads((run_dir / "workers.json").read_text())["student"][1]
@@ -122,11 +133,14 @@ def kill_twice(arguments: list[str], env: dict[str, str], run_dir: Path) -> Resu
     while not (run_dir / "restarts.jsonl").exists():
         assert time.monotonic() < deadline, "a dead rank is noticed within a minute"
         time.sleep(0.2)
-    wait_for_step(process, run_dir, 5)
-    process.kill()
-    process.communicate(timeout=120)
-    assert not (run_dir / "summary.json").exists()
-    return run(arguments, env)
+    return process
+
+
+def lose_a_rank(arguments: list[str], env: dict[str, str], run_dir: Path) -> Result:
+    """A run that goes on by itself after that."""
+    process = kill_rank(arguments, env, run_dir)
+    printed, _ = process.communicate(timeout=300)
+    return Result(arguments, process.returncode, printed, "")
 
 
 def preempt(arguments: list[str], env: dict[str, str], run_dir: Path) -> Result:
@@ -304,6 +318,19 @@ def test_a_killed_run_resumes_bit_equal(jobs: dict[str, Future], folder: Path) -
     assert metrics(folder / "broken") == metrics(folder / "unbroken")
     (restart,) = map(json.loads, (folder / "broken" / "restarts.jsonl").read_text().splitlines())
     assert re.match(r"step \d: student rank 1 \(pid \d+ on .*\) died during .* restart 1 of 3", restart["reason"])
+
+
+def test_deepspeed_goes_on_from_its_checkpoint_with_the_losses_of_fsdp2(jobs: dict[str, Future], folder: Path) -> None:
+    finished(jobs, "unbroken")
+    printed = finished(jobs, "zero").stdout
+    assert re.search(r"^going on after step [23] of 6$", printed, re.MULTILINE)
+    own, other = (
+        {line["step"]: line["loss/kl"] for line in metrics(folder / name) if "loss/kl" in line}
+        for name in ("zero", "unbroken")
+    )
+    assert own == pytest.approx(other, rel=1e-4)
+    files = json.loads((folder / "zero" / "checkpoints" / "step-000006" / "COMPLETE").read_text())["files"]
+    assert {f"state/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1)} < files.keys()
 
 
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(jobs: dict[str, Future], folder: Path) -> None:

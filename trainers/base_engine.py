@@ -5,6 +5,7 @@ An engine is a verl `BaseEngine`; the subclasses say how parameters are spread o
 
 from __future__ import annotations
 
+import contextlib
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -345,12 +346,28 @@ class StudentEngine(BaseEngine):
         On one rank it shares memory with the parameters.
         """
 
+    def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
+        """Writes model, optimizer, schedule and random state into a folder; returns when all ranks have."""
+        self.start_saving(local_path).result()
+        dist.barrier()
+
+    @abstractmethod
     def start_saving(self, local_path: str) -> Future[Any]:
-        """Begins `save_checkpoint`; training may go on when this returns. Here all of it is done by then."""
-        self.save_checkpoint(local_path)
-        done: Future[Any] = Future()
-        done.set_result(None)
-        return done
+        """As `save_checkpoint`, in the background: when this returns the state is copied, and training may go on.
+
+        The future raises what goes wrong in this rank's writing.
+        """
+
+    def save_random_state(self, local_path: str) -> None:
+        torch_save(torch.get_rng_state(), self._random_state_path(local_path))
+
+    def load_random_state(self, local_path: str) -> None:
+        """Where this rank saved one; else, by fewer ranks, nothing: nothing of ours draws from it."""
+        with contextlib.suppress(FileNotFoundError):
+            torch.set_rng_state(torch.load(self._random_state_path(local_path)))
+
+    def _random_state_path(self, local_path: str) -> str:
+        return f"{local_path}/rng-rank{self.rank}.pt"
 
     def get_per_tensor_param(self) -> tuple[Any, None]:
         return iter(self.full_state_dict().items()), None
@@ -385,6 +402,12 @@ class StudentEngine(BaseEngine):
 
     def is_mp_src_rank_with_outputs(self) -> bool:
         return True
+
+
+def torch_save(value: Any, path: str) -> None:
+    """`torch.save` that raises OSError on a full disk; given a path, torch itself would tell of positions in a file."""
+    with open(path, "wb") as file:
+        torch.save(value, file)
 
 
 def num_elements(parameter: torch.Tensor) -> int:

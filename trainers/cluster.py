@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -12,8 +16,18 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from verl.single_controller.ray import RayResourcePool
 from verl.single_controller.ray.base import sort_placement_group_by_node_ip
 
+from opd.object_store import ADVICE
 from opd.schema import ClusterConfig
 from trainers.env import verl_env
+
+# Ends the process that started it unless its own input is closed within a number of seconds.
+WATCHER = """
+import os, select, signal, sys
+watched, limit_s, message = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
+if not select.select([sys.stdin], [], [], limit_s)[0] and os.getppid() == watched:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os.kill(watched, signal.SIGKILL)
+"""
 
 
 def connect(cluster: ClusterConfig) -> None:
@@ -29,7 +43,28 @@ def connect(cluster: ClusterConfig) -> None:
         # "local": a head that somebody started on this machine is not joined unasked, and Ray would refuse num_cpus for it.
         # Ray counts the machine's cores; the dashboard costs seconds and nobody looks at a local one.
         options |= {"address": "local", "include_dashboard": False, "num_cpus": max(os.cpu_count() or 1, 2)}
-    ray.init(**options)
+    limit_s = cluster.start_timeout_s
+    message = (
+        f"joining Ray took more than cluster.start_timeout_s={limit_s:g} s: its control service does not answer, or the object "
+        f"store of this node is full and cannot be spilled; {ADVICE}"
+    )
+    with ended_after(limit_s, message):
+        ray.init(**options)
+
+
+@contextlib.contextmanager
+def ended_after(limit_s: float, message: str) -> Iterator[None]:
+    """Kills this process, with an error line, where the block takes longer than limit_s seconds.
+
+    For what may hang with Python's lock held, as ray.init does at a full object store: no thread of ours would run then.
+    """
+    arguments = [sys.executable, "-S", "-E", "-c", WATCHER, str(os.getpid()), str(limit_s), message]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE) as watcher:
+        try:
+            yield
+        finally:
+            assert watcher.stdin is not None, "a pipe"
+            watcher.stdin.close()
 
 
 def check_resources(cluster: ClusterConfig, ranks: int, teachers: int, wait_s: float = 0.0) -> None:

@@ -79,25 +79,20 @@ class FSDP2Engine(StudentEngine):
         state = get_model_state_dict(self.module, options=options)
         return plain_state(state, self.config.lora)
 
-    def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
-        """Writes model, optimizer and schedule with torch.distributed.checkpoint: any number of ranks can load it."""
-        self.start_saving(local_path).result()
-        dist.barrier()
-
     def start_saving(self, local_path: str) -> Future[Any]:
-        """As `save_checkpoint`, in the background: when this returns the state is copied, and training may go on."""
+        """With torch.distributed.checkpoint: any number of ranks can load it."""
         if self._save_group is None:
             # The ranks agree on what each writes while they train: those talks must not meet the training's.
             self._save_group = dist.new_group(backend="gloo")
         model, optimizer = get_state_dict(self.module, self.optimizer)
         state = {"model": model, "optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
-        torch.save(torch.get_rng_state(), f"{local_path}/rng-rank{self.rank}.pt")
+        self.save_random_state(local_path)
         saving = dcp.async_save(state, checkpoint_id=f"{local_path}/state", process_group=self._save_group)
         assert isinstance(saving, Future), "the state is copied before async_save returns"
         return saving
 
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
-        """Restores what `save_checkpoint` wrote. The random state is restored where this rank saved one."""
+        """Restores what `save_checkpoint` wrote."""
         model, optimizer = get_state_dict(self.module, self.optimizer)
         state = {"model": model, "optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
         dcp.load(state, checkpoint_id=f"{local_path}/state")
@@ -105,7 +100,4 @@ class FSDP2Engine(StudentEngine):
             self.module, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
         self.scheduler.load_state_dict(state["scheduler"])
-        try:
-            torch.set_rng_state(torch.load(f"{local_path}/rng-rank{self.rank}.pt"))
-        except FileNotFoundError:
-            pass  # saved by fewer ranks; nothing of ours draws from this state
+        self.load_random_state(local_path)

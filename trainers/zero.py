@@ -6,15 +6,17 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
+from deepspeed.runtime.checkpoint_engine import CheckpointCommitInfo, TorchCheckpointEngine
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine.base import EngineRegistry
 
@@ -23,7 +25,7 @@ from opd.schema import Config
 from opd.trainable import plain_state
 from opd.types import DTYPES
 from opd.zero_checkpoint import FACTS, STATE
-from trainers.base_engine import StudentEngine, TrainedStudent
+from trainers.base_engine import StudentEngine, TrainedStudent, torch_save
 from trainers.fsdp2 import MODEL_TYPE
 
 
@@ -49,6 +51,35 @@ def deepspeed_config(config: Config, on_gpu: bool) -> dict[str, Any]:
         settings["communication_data_type"] = "fp32"
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
+
+
+class BackgroundWriter(TorchCheckpointEngine):
+    """DeepSpeed's way to the disk: what it saves is copied to the host's memory and written by a thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thread = ThreadPoolExecutor(1, "save")
+        self._copied: list[tuple[Any, str]] = []
+
+    def create(self, info: CheckpointCommitInfo) -> None:
+        self._copied = []  # of one that could not be begun
+
+    def save(self, state_dict: Any, path: str) -> None:
+        # The copy of torch.distributed.checkpoint, which FSDP2's checkpoints go by too.
+        options = StagingOptions(
+            use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
+        )
+        self._copied.append((DefaultStager(options).stage(state_dict), path))
+
+    def write(self) -> Future[None]:
+        """Begins to write what has been saved since `create`."""
+        copied, self._copied = self._copied, []
+        return self.thread.submit(self._write, copied)
+
+    @staticmethod
+    def _write(copied: list[tuple[Any, str]]) -> None:
+        while copied:
+            torch_save(*copied.pop(0))  # and its memory is given back
 
 
 @EngineRegistry.register(model_type=MODEL_TYPE, backend=["deepspeed"], device=["cpu", "cuda"])
@@ -82,6 +113,7 @@ class ZeroEngine(StudentEngine):
             dist_init_required=False,
         )
         self.trained = self.zero
+        self.writer = self.zero.checkpoint_engine = BackgroundWriter()
         set_buffers(self.module, buffers)  # DeepSpeed has rounded the rotary frequencies to the compute type
         return optimizer
 
@@ -174,16 +206,15 @@ class ZeroEngine(StudentEngine):
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
         return state
 
-    def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
-        """Writes model, optimizer and schedule in DeepSpeed's form, a file for each rank. Not in the background."""
-        self.zero.save_checkpoint(
-            local_path, tag=STATE, client_state={"scheduler": self.scheduler.state_dict()}, save_latest=False
-        )
-        torch.save(torch.get_rng_state(), f"{local_path}/rng-rank{self.rank}.pt")
+    def start_saving(self, local_path: str) -> Future[Any]:
+        """In DeepSpeed's form, a file for each rank."""
+        client_state = {"scheduler": self.scheduler.state_dict()}
+        self.zero.save_checkpoint(local_path, tag=STATE, client_state=client_state, save_latest=False)
+        self.save_random_state(local_path)
         if self.rank == 0:
             facts = {"ranks": self.world_size, "stage": self.config.zero.stage}
             Path(local_path, FACTS).write_text(json.dumps(facts) + "\n", encoding="utf-8")
-        dist.barrier()
+        return self.writer.write()
 
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         """Restores what `save_checkpoint` wrote. Raises ValueError for another number of ranks, stage or engine."""
@@ -203,7 +234,7 @@ class ZeroEngine(StudentEngine):
             )
         _, client_state = self.zero.load_checkpoint(local_path, tag=STATE)
         self.scheduler.load_state_dict(client_state["scheduler"])
-        torch.set_rng_state(torch.load(f"{local_path}/rng-rank{self.rank}.pt"))
+        self.load_random_state(local_path)
 
     @property
     def is_param_offload_enabled(self) -> bool:

@@ -18,7 +18,7 @@ from opd.teachers.routing import Router
 from opd.teachers.worker import TeacherWorker
 from opd.types import Batch, TeacherTranscript
 
-NO_COUNTS = {"positions": 0, "aligned": 0, "responses": 0, "retokenised": 0}
+NO_COUNTS = {"positions": 0, "aligned": 0, "responses": 0, "retokenised": 0, "halved": 0}
 
 
 @dataclass
@@ -41,7 +41,8 @@ class PendingScores:
 class TeacherGroup:
     """Teacher workers that share the micro-batches of a step among them; with routes, each utterance goes to its own.
 
-    counts are those of the last scores that were waited for, over all teachers: positions (written), aligned, responses, retokenised.
+    counts are those of the last scores that were waited for, over all teachers: positions (written), aligned, responses, retokenised,
+    and micro-batches that were halved for want of memory.
     """
 
     def __init__(self, config: Config, student_path: str) -> None:

@@ -25,12 +25,14 @@ Tensors = dict[str, torch.Tensor]
 def halved_once(
     score: Callable[[Batch, Tensors], tuple[Tensors, dict[str, int]]], utterances: Batch, rollout: Tensors
 ) -> tuple[Tensors, dict[str, int]]:
-    """What `score` returns; where memory does not last, of each half of the batch by itself, put together again.
+    """What `score` returns, and `halved` among the counts: 0, or 1 where memory did not last for the whole batch and each
+    half was scored by itself.
 
     Raises MemoryError, with what to change, where half is too much too.
     """
     try:
-        return score(utterances, rollout)
+        tensors, counts = score(utterances, rollout)
+        return tensors, {**counts, "halved": 0}
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) or len(utterances) < 2:
             raise
@@ -50,7 +52,8 @@ def halved_once(
             "(or train.micro_batch_tokens), or give teacher workers more memory (cluster.gpus_per_teacher, teacher.dtype)"
         ) from error
     merged = merge_scores([list(rows) for rows in halves], [tensors for tensors, _ in parts])
-    return merged, {name: sum(counts[name] for _, counts in parts) for name in parts[0][1]}
+    totals = {name: sum(counts[name] for _, counts in parts) for name in parts[0][1]}
+    return merged, {**totals, "halved": 1}
 
 
 def is_out_of_memory(error: BaseException) -> bool:

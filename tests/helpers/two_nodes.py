@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import shutil
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -129,3 +132,51 @@ def _kill(processes: list[psutil.Process]) -> None:
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+
+
+FILLER = """
+import sys, time
+import numpy as np
+import ray
+
+ray.init(log_to_driver=False, logging_level="ERROR")
+room = int(float(sys.argv[1]) * ray.cluster_resources()["object_store_memory"])
+kept, size = [], 32 << 20
+while room >= 1 << 10:
+    size = max(1 << 10, min(size, room) // 2)
+    try:
+        while size <= room:
+            kept.append(ray.put(np.ones(size, np.uint8)))
+            room -= size
+            print("took", size, flush=True)
+    except ray.exceptions.OutOfDiskError:
+        if size == 1 << 10:
+            print("full", flush=True)
+            time.sleep(0.02)  # and takes what others leave
+print("full", flush=True)
+time.sleep(3600)
+"""
+
+
+@contextlib.contextmanager
+def fill_object_store(env: dict[str, str], share: float = 2.0, settle_s: float = 3.0) -> Iterator[None]:
+    """Another job of the cluster holds `share` of a node's object store; all that it can get where that is more than 1.
+
+    Where the store cannot be spilled, Ray leaves this job waiting for its last object, and whoever comes after it too.
+    """
+    process = subprocess.Popen([sys.executable, "-c", FILLER, str(share)], env=env, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None, "a pipe"
+    lines: queue.Queue[str] = queue.Queue()
+    threading.Thread(target=lambda: [lines.put(line) for line in process.stdout or ()], daemon=True).start()
+    try:
+        line = lines.get(timeout=TIMEOUT_S)
+        while line != "full\n":
+            assert process.poll() is None, "whoever fills the store lives"
+            try:
+                line = lines.get(timeout=settle_s)
+            except queue.Empty:
+                break
+        yield
+    finally:
+        process.kill()
+        process.wait(timeout=20)

@@ -75,9 +75,9 @@ def score_within(limit_bytes: int, rows: int) -> tuple[dict, dict]:
 
 def test_a_teacher_out_of_memory_scores_half_at_a_time() -> None:
     tensors, counts = score_within(700_000_000, 8)  # 512 MB fit
-    assert counts["sizes"] == [8]
+    assert (counts["sizes"], counts["halved"]) == ([8], 0)
     halved, counts = score_within(400_000_000, 8)
-    assert counts["sizes"] == [8, 4, 4]
+    assert (counts["sizes"], counts["halved"]) == ([8, 4, 4], 1)
     assert counts["positions"] == 8
     assert halved["entropy_BT"].equal(tensors["entropy_BT"])
     with pytest.raises(MemoryError, match=r"out of memory with 4 utterances.*lower train\.micro_batch_size"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from opd.export import export_checkpoint
 from opd.rollout.decode import decode
 from opd.rollout.steps import can_step
 from opd.schema import Config
-from trainers.base_engine import NonFiniteError
+from trainers.base_engine import NonFiniteError, torch_save
 from trainers.fsdp2 import FSDP2Engine
 from trainers.zero import ZeroEngine, deepspeed_config
 
@@ -49,16 +51,27 @@ def weights(engine: Any) -> dict[str, torch.Tensor]:
 def steps(
     engine_class: type, config: Config, manifest: Path, folder: Path | None, first: int = 0
 ) -> tuple[list[dict], dict]:
-    """Totals of the steps and the weights after them; saved into `folder` on the way, or begun from it."""
+    """Totals of the steps and the weights after them; saved into `folder` on the way, or begun from it.
+
+    The file system is so slow that nothing is written before the last step is done.
+    """
     engine = start(config, engine_class)
     if first:
         engine.load_checkpoint(str(folder))
-    totals = []
+    totals, is_over, saving = [], threading.Event(), None
     for step in range(first, STEPS):
         batch = step % 6 * 8
         totals.append(sft_step(engine, manifest, 2, slice(batch, batch + 8)))
         if folder is not None and not first and step + 1 == SAVED_AT:
-            engine.save_checkpoint(str(folder))
+            engine.writer.thread.submit(is_over.wait)
+            saving = engine.start_saving(str(folder))
+    if saving is not None:
+        assert not saving.done()
+        assert not list(folder.rglob("*_states.pt"))
+        dist.barrier()  # the others have looked too
+        is_over.set()
+        saving.result(timeout=60)
+    dist.barrier()
     return totals, weights(engine)
 
 
@@ -189,6 +202,37 @@ def non_finite(config: Config, manifest: Path) -> tuple[bool, bool]:
         after = engine.full_state_dict()
         return True, all(torch.equal(before[name], after[name]) for name in before)
     return False, False
+
+
+def cannot_write(config: Config, manifest: Path, folder: Path) -> tuple[str, float]:
+    """What a save says whose folder is lost while it is written, and the loss of the step beside it."""
+    engine = start(config, ZeroEngine)
+    lost = threading.Event()
+    engine.writer.thread.submit(lost.wait)
+    saving = engine.start_saving(str(folder))
+    loss = sft_step(engine, manifest, 4)["loss"]
+    dist.barrier()
+    if engine.rank == 0:
+        shutil.rmtree(folder)
+    dist.barrier()
+    lost.set()
+    return str(saving.exception(timeout=60)), loss
+
+
+def test_what_goes_wrong_in_the_background_is_told_by_the_save(
+    tiny_dir: Path, speech: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    results = run_ranks(2, cannot_write, make_config(tiny_dir, engine="deepspeed"), speech["train"], folder)
+    for said, loss in results:
+        assert said.startswith(f"[Errno 2] No such file or directory: '{folder}/state/")
+        assert loss > 0
+
+
+def test_a_full_disk_is_called_that(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left on device"):
+        torch_save({"weights": torch.ones(100_000)}, "/dev/full")
 
 
 def spoil(engine: Any) -> float:
