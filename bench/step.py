@@ -101,14 +101,14 @@ class OurSide:
         from opd.arkasr import blocked_token_ids, load_model, load_processor
         from opd.encoding import encode_by_length
         from opd.vocab import blocked_mask
-        from trainers import base_engine, objectives
+        from trainers import objectives, trained_student
 
         self.encode_by_length = encode_by_length
         self.config, self.parts = config, objectives
         model = load_model(config.student.path, attn_implementation=config.student.attn_implementation)
         use_faster_linears(model)
         choose_trained(model, config.student.freeze, config.lora)
-        self.module = base_engine.TrainedStudent(model)
+        self.module = trained_student.TrainedStudent(model)
         self.processor = load_processor(config.student.path)
         tokenizer, vocab_size = self.processor.tokenizer, model.config.vocab_size
         self.eos_id, self.pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id

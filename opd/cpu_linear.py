@@ -34,16 +34,18 @@ def is_faster() -> bool:
 
 def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
     """What `functional.linear` computes, differentiable. x is (..., I)."""
-    if not _pays(x, weight_OI):
+    if not _can(x, weight_OI):
         return functional.linear(x, weight_OI, bias_O)
     if torch.is_grad_enabled() and (x.requires_grad or weight_OI.requires_grad):
+        # Small products too: ranks whose graphs differ would hand their gradients over in another order, and ZeRO sums
+        # those of one place.
         return _Linear.apply(x, weight_OI, bias_O)
-    return _forward_product(x, _rows(x), weight_OI, bias_O)
+    return _product(x, weight_OI, bias_O)
 
 
 def add_linear(x_NO: torch.Tensor, y_NI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     """x + what `linear` computes of y."""
-    if _pays(y_NI, weight_OI):
+    if _can(y_NI, weight_OI) and _pays(y_NI, weight_OI):
         return linear(y_NI, weight_OI) + x_NO
     return torch.addmm(x_NO, y_NI, weight_OI.t())
 
@@ -61,16 +63,16 @@ def _forward(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return linear(x, module.weight, module.bias)
 
 
+def _can(x: torch.Tensor, weight_OI: torch.Tensor) -> bool:
+    on_cpu = x.device.type == weight_OI.device.type == "cpu"
+    return on_cpu and x.dtype == weight_OI.dtype == torch.float32 and is_faster()
+
+
 def _pays(x: torch.Tensor, weight_OI: torch.Tensor) -> bool:
-    return (
-        x.numel() * weight_OI.shape[0] >= MIN_WORK
-        and x.dtype == weight_OI.dtype == torch.float32
-        and x.device.type == weight_OI.device.type == "cpu"
-        and is_faster()
-    )
+    return x.numel() * weight_OI.shape[0] >= MIN_WORK
 
 
-def _product(x_NI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
+def _onednn(x_NI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(x_NI, weight_OI, bias_O, "none", [], "")
 
 
@@ -84,31 +86,36 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return functional.pad(x_NI, (0, 0, 0, missing)) if missing else x_NI
 
 
-def _forward_product(
-    x: torch.Tensor, x_NI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None
-) -> torch.Tensor:
-    """x is what the rows x_NI are made of."""
-    y_NO = _product(x_NI, weight_OI, bias_O)
+def _product(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
+    if not _pays(x, weight_OI):
+        return functional.linear(x, weight_OI, bias_O)
+    y_NO = _onednn(_rows(x), weight_OI, bias_O)
     return y_NO[: x.numel() // x.shape[-1]].view(*x.shape[:-1], -1)
+
+
+def _weight_gradient(grad: torch.Tensor, x: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+    if not _pays(x, weight_OI):
+        return grad.flatten(0, -2).t() @ x.flatten(0, -2)
+    grad_NO, x_NI = _rows(grad), _rows(x)
+    # The fewer rows the product has, the faster it is.
+    if weight_OI.shape[0] < weight_OI.shape[1]:
+        return _onednn(grad_NO.t(), x_NI.t())
+    return _onednn(x_NI.t(), grad_NO.t()).t().contiguous()
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(x, weight_OI)  # x without its rows of zeros: other layers may hold it too
-        return _forward_product(x, _rows(x), weight_OI, bias_O)
+        return _product(x, weight_OI, bias_O)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight_OI = ctx.saved_tensors
+        (grad,), (x, weight_OI) = grads, ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        grad_NO = _rows(grads[0])
-        grad_x = _forward_product(grads[0], grad_NO, weight_OI.t()) if needs_x else None
-        grad_OI = None
-        if needs_weight:
-            x_NI = _rows(x)
-            # The fewer rows the product has, the faster it is.
-            narrow = weight_OI.shape[0] < weight_OI.shape[1]
-            grad_OI = _product(grad_NO.t(), x_NI.t()) if narrow else _product(x_NI.t(), grad_NO.t()).t().contiguous()
-        return grad_x, grad_OI, grad_NO.sum(0) if needs_bias else None
+        return (
+            _product(grad, weight_OI.t()) if needs_x else None,
+            _weight_gradient(grad, x, weight_OI) if needs_weight else None,
+            grad.flatten(0, -2).sum(0) if needs_bias else None,
+        )

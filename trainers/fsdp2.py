@@ -24,7 +24,8 @@ from verl.workers.engine.base import EngineRegistry
 
 from opd.trainable import MIN_GROUP_NUMEL, plain_state
 from opd.types import DTYPES
-from trainers.base_engine import StudentEngine, TrainedStudent
+from trainers.base_engine import StudentEngine
+from trainers.trained_student import TrainedStudent
 
 MODEL_TYPE = "arkasr"
 

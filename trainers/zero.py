@@ -25,8 +25,9 @@ from opd.schema import Config
 from opd.trainable import plain_state
 from opd.types import DTYPES
 from opd.zero_checkpoint import FACTS, STATE
-from trainers.base_engine import StudentEngine, TrainedStudent, torch_save
+from trainers.base_engine import StudentEngine, torch_save
 from trainers.fsdp2 import MODEL_TYPE
+from trainers.trained_student import TrainedStudent
 
 
 def deepspeed_config(config: Config, on_gpu: bool) -> dict[str, Any]:

@@ -60,10 +60,19 @@ def test_only_what_is_asked_for_gets_a_gradient() -> None:
     torch.testing.assert_close(heard.grad, frozen.sum(0).expand_as(x), atol=1e-4, rtol=1e-4)
 
 
-def test_small_products_and_other_types_are_left_to_torch() -> None:
-    weight = torch.randn(96, 64, requires_grad=True)
-    for x, w in ((torch.randn(4, 64), weight), (torch.randn(700, 64, dtype=torch.bfloat16), weight.bfloat16())):
-        assert type(linear(x, w).grad_fn).__name__ != "_LinearBackward"
+def test_graphs_are_the_same_for_all_sizes() -> None:
+    """ZeRO sums what the ranks hand over in the order of their graphs."""
+    for num_rows in (4, 700):
+        x, weight = torch.randn(num_rows, 64), torch.randn(96, 64, requires_grad=True)
+        y = linear(x, weight)
+        assert type(y.grad_fn).__name__ == "_LinearBackward"
+        (gradient,) = torch.autograd.grad(y.sum(), weight)
+        torch.testing.assert_close(gradient, x.sum(0).expand_as(weight), atol=1e-4, rtol=1e-4)
+
+
+def test_other_types_are_left_to_torch() -> None:
+    x, weight = torch.randn(700, 64, dtype=torch.bfloat16), torch.randn(96, 64, dtype=torch.bfloat16)
+    assert type(linear(x, weight.requires_grad_()).grad_fn).__name__ != "_LinearBackward"
 
 
 def test_a_model_keeps_its_types_and_weights(tiny_dir: Path) -> None:

@@ -15,7 +15,7 @@ from opd.memory import GB, Lengths, activation_bytes, estimate, main, peak
 from opd.model_sizes import PUBLISHED_STUDENTS, sizes_of, student_sizes
 from opd.schema import Config, LoraConfig
 from opd.trainable import choose_trained
-from trainers.base_engine import TrainedStudent
+from trainers.trained_student import TrainedStudent
 
 ONE_GPU = 80 * GB
 

@@ -11,8 +11,8 @@ import torch
 from opd.arkasr import load_model, load_processor
 from opd.schema import RolloutConfig
 from opd.types import Rollout, TeacherScore
-from trainers.base_engine import TrainedStudent
 from trainers.objectives import join_response, opd_micro_batch, response_ids, sft_micro_batch, sft_objective
+from trainers.trained_student import TrainedStudent
 
 CPU = torch.device("cpu")
 
