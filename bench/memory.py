@@ -116,13 +116,18 @@ def take_step(engine: Any, inputs: dict[str, Any], config: Any, peaks: dict[str,
     vocab_size, eos_id = engine.model_config.vocab_size, engine.model_config.eos_token_id
     blocked_V = torch.zeros(vocab_size, dtype=torch.bool)
     reset_peak()
+    inputs = dict(inputs)
+    encoded_once = engine.encodes_once(config.train.batch_size)
     with engine.generation_mode():
+        encoded = engine.encode(inputs["audios"], inputs["audio_mask"], with_graph=encoded_once)
+        prompts = {name: value for name, value in inputs.items() if name not in ("audios", "audio_mask")} | encoded
         speculate(
-            engine.generate_forward, inputs, steps=engine.decoder_steps(), drafts=None, eos_id=eos_id, pad_id=0,
+            engine.generate_forward, prompts, steps=engine.decoder_steps(), drafts=None, eos_id=eos_id, pad_id=0,
             blocked_V=blocked_V, max_new_tokens=WRITTEN, top_k=config.loss.top_k,
         )  # fmt: skip
     peaks["rollout"] = peak_bytes()
-    micros = micro_batches(config, inputs, vocab_size)
+    micros = micro_batches(config, prompts if encoded_once else inputs, vocab_size)
+    del prompts, encoded
     gc.collect()
     reset_peak()
     with engine.train_mode():

@@ -1,16 +1,33 @@
-"""Audio of a batch encoded a few clips of like length at a time: padding is work that nobody reads."""
+"""The encoder's part of a step: clips of like length together, since padding is work that nobody reads, and not twice."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
+
+if TYPE_CHECKING:
+    from opd.schema import Config
 
 ROWS = 8  # clips that are encoded together
 FRAMES = 16  # their mel frames are a multiple of this
 # (audios (B, M, F), audio_mask (B, F)) -> (encoded (B, E, D), mask (B, E))
 Encode = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def serves_update(config: Config, num_rows: int) -> bool:
+    """Whether what the encoder makes of a rank's rows for the rollout may serve the update too.
+
+    A frozen encoder's frames always do. Those of one that is trained do where the weights stay as they are until the
+    update, and where the rows are one micro-batch, so that no more is held for the backward than the update would.
+    """
+    train = config.train
+    if "encoder" in config.student.freeze:
+        return True
+    is_one = num_rows <= train.micro_batch_size and not train.micro_batch_tokens
+    return train.reuse_encoder and config.schedule == "sync" and is_one
 
 
 def encode_by_length(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from data.command_line import wants_help
 from opd.config import load_config, parts_of
+from opd.encoding import serves_update
 from opd.model_sizes import LayerSizes, StudentSizes, TeacherSizes, student_sizes, teacher_sizes
 from opd.rollout.drafts import MAX_WIDTH
 from opd.rollout.speculative import TOPK_CHUNK
@@ -87,7 +88,8 @@ def student_memory(config: Config, sizes: StudentSizes, lengths: Lengths) -> Pha
         "weights, float32": FLOAT32 * sizes.num_parameters / ranks,
         "optimizer state": state if on_device else 0.0,
     }
-    if "encoder" in config.student.freeze and lengths.drafted_rows:
+    kept_frames = bool(lengths.drafted_rows) and serves_update(config, lengths.drafted_rows)
+    if kept_frames:
         held["encoder's frames"] = compute * lengths.drafted_rows * lengths.frames * sizes.encoder.width
     gradients = FLOAT32 * sizes.num_trained / ranks
     # What foreach AdamW makes: the square roots of all second moments that it steps together.
@@ -95,8 +97,9 @@ def student_memory(config: Config, sizes: StudentSizes, lengths: Lengths) -> Pha
     if config.optim.offload:
         stepped = min(stepped, max(BUCKET_NUMEL, sizes.vocab_size * sizes.decoder.width) / ranks)
     step = FLOAT32 * stepped + (0.0 if on_device else 2 * FLOAT32 * stepped)
+    graph = {"encoder's activations": encoder_bytes(config, sizes, lengths)} if kept_frames else {}
     return {
-        "rollout": held | _rollout(config, sizes, lengths, compute),
+        "rollout": held | graph | _rollout(config, sizes, lengths, compute),
         "update": held | _update(config, sizes, lengths, compute, gradients),
         "optimizer step": held | {"gradients": gradients, "the step's own": step},
     }
@@ -136,21 +139,27 @@ def activation_bytes(config: Config, sizes: StudentSizes, lengths: Lengths) -> t
     decoder_layer = (
         _decoder_layer(config, sizes.decoder, compute, lengths.tokens, own_decoder) * tokens if reaches_decoder else 0.0
     )
+    kept_decoder = decoder_layer
     if config.student.activation_checkpointing:
-        kept_encoder = compute * sizes.encoder.width * frames if encoder_layer else 0.0
         kept_decoder = compute * sizes.decoder.width * tokens if decoder_layer else 0.0
-    else:
-        kept_encoder, kept_decoder = encoder_layer, decoder_layer
     ends = 0.0
-    if encoder_layer:  # mel, and both convolutions with their activations
-        ends += compute * frames * (2 * sizes.num_mel_bins + 5 * sizes.encoder.width)
     if encoder_layer or "adapter" not in frozen:
         audio_tokens = frames // sizes.merge_factor
         ends += compute * (2 * frames * sizes.encoder.width + audio_tokens * 4 * sizes.decoder.width)
     if decoder_layer:
         ends += tokens * sizes.decoder.width * (FLOAT32 + compute)
-    kept = kept_encoder * sizes.num_encoder_layers + kept_decoder * sizes.num_decoder_layers + ends
+    kept = encoder_bytes(config, sizes, lengths) + kept_decoder * sizes.num_decoder_layers + ends
     return kept, max(encoder_layer, decoder_layer)
+
+
+def encoder_bytes(config: Config, sizes: StudentSizes, lengths: Lengths) -> float:
+    """What autograd saves in the encoder for one micro-batch; nothing where it is frozen."""
+    if "encoder" in config.student.freeze:
+        return 0.0
+    compute, frames, width = BYTES[config.student.dtype], lengths.micro_rows * lengths.frames, sizes.encoder.width
+    layer = compute * width if config.student.activation_checkpointing else _encoder_layer(sizes.encoder, compute)
+    # Beside the layers' share mel, and both convolutions with their activations.
+    return frames * (layer * sizes.num_encoder_layers + compute * (2 * sizes.num_mel_bins + 5 * width))
 
 
 def _encoder_layer(layer: LayerSizes, compute: int) -> float:

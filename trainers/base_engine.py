@@ -21,7 +21,7 @@ from verl.workers.engine.base import BaseEngine
 
 from opd.arkasr import load_model
 from opd.cpu_linear import use_faster_linears
-from opd.encoding import encode_by_length
+from opd.encoding import encode_by_length, serves_update
 from opd.rollout.graphs import GraphSteps
 from opd.rollout.steps import DecoderSteps, can_step
 from opd.schema import Config, OptimConfig
@@ -241,23 +241,11 @@ class StudentEngine(BaseEngine):
         return self.generation_module(**inputs)[0]
 
     def encodes_once(self, num_rows: int) -> bool:
-        """Whether what the encoder makes of a rank's batch for the rollout serves the update too.
-
-        A frozen encoder's frames always do. Those of one that is trained do where the weights stay as they are until the
-        update, and where the batch is one micro-batch, so that no more is held for the backward than the update would.
-        """
-        config = self.config
-        if "encoder" in config.student.freeze:
-            return True
+        """Whether what the encoder makes of a rank's batch for the rollout serves the update too."""
         whisper = self.model_config.whisper_config
-        return (
-            config.train.reuse_encoder
-            and config.schedule == "sync"
-            and num_rows <= config.train.micro_batch_size
-            and not config.train.micro_batch_tokens
-            and not max(whisper.dropout, whisper.attention_dropout, whisper.activation_dropout)
-            and self.decodes_with_trained
-        )
+        dropout = max(whisper.dropout, whisper.attention_dropout, whisper.activation_dropout)
+        is_same = "encoder" in self.config.student.freeze or (self.decodes_with_trained and not dropout)
+        return is_same and serves_update(self.config, num_rows)
 
     @property
     def decodes_with_trained(self) -> bool:
