@@ -20,7 +20,7 @@ test: env-dev lint
 nightly: env-dev
 	$(BIN)/python -m pytest -m nightly
 
-# Breaks small runs in every way that a cluster knows, and says what came of it (about 15 minutes; two rows need root).
+# Breaks small runs in every way that a cluster knows, and says what came of it (about 20 minutes; three rows need root).
 drills: env-dev
 	$(BIN)/python -m bench.drills
 

@@ -134,8 +134,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _advice(error: Exception) -> str:
     """What to do about an error of the machine that does not say so itself."""
-    if "No space left on device" in str(error):
-        return "; complete checkpoints are untouched: make room and start again with the same command to go on"
+    # The second is what torch says of a disk that becomes full within a file.
+    for words, meaning in (("No space left on device", ""), ("inline_container.cc", "the disk is probably full; ")):
+        if words in str(error):
+            return f"; {meaning}complete checkpoints are untouched: make room and start again with the same command to go on"
     return ""
 
 

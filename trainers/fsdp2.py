@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -90,7 +91,7 @@ class FSDP2Engine(StudentEngine):
         self.save_random_state(local_path)
         saving = dcp.async_save(state, checkpoint_id=f"{local_path}/state", process_group=self._save_group)
         assert isinstance(saving, Future), "the state is copied before async_save returns"
-        return saving
+        return told_plainly(saving)
 
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         """Restores what `save_checkpoint` wrote."""
@@ -102,3 +103,22 @@ class FSDP2Engine(StudentEngine):
         )
         self.scheduler.load_state_dict(state["scheduler"])
         self.load_random_state(local_path)
+
+
+def told_plainly(saving: Future[Any]) -> Future[Any]:
+    """The same save, which raises what went wrong on a rank; torch would raise the tracebacks of all in one."""
+    told: Future[Any] = Future()
+
+    def tell(done: Future[Any]) -> None:
+        error = done.exception()
+        if isinstance(error, CheckpointException):
+            failures: list[BaseException] = [failure for failure, _ in error.failures.values()]
+            # A full disk is called so on some ranks only: where it is met in the midst of a file, torch has other words.
+            error = next((failure for failure in failures if isinstance(failure, OSError)), failures[0])
+        if error is None:
+            told.set_result(done.result())
+        else:
+            told.set_exception(error)
+
+    saving.add_done_callback(tell)
+    return told

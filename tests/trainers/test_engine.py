@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -314,3 +315,24 @@ def test_learning_rate_warms_up_then_falls() -> None:
     assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
     constant = make_config(Path("x"), optim={"warmup_steps": 10, "lr_schedule": "constant"}).optim
     assert learning_rate_factor(99, constant, 100) == 1.0
+
+
+def cannot_write(config: Config, manifest: Path, folder: Path, limit: int) -> tuple[str, float]:
+    """What a save says where no file may become longer than `limit` bytes, and the loss of the step beside it."""
+    engine = start(config)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    saving = engine.start_saving(str(folder))
+    loss = sft_step(engine, manifest, 4)["loss"]
+    return repr(saving.exception(timeout=60)), loss
+
+
+def test_what_goes_wrong_in_the_background_is_told_without_tracebacks(
+    tiny_dir: Path, speech: dict[str, Path], tmp_path: Path
+) -> None:
+    # Enough for the random state and for little files, not for the weights.
+    for said, loss in run_ranks(2, cannot_write, make_config(tiny_dir), speech["train"], tmp_path, 100_000):
+        assert said == "OSError(27, 'File too large')" or said.startswith(
+            "RuntimeError('[enforce fail at inline_container"
+        )
+        assert "Traceback" not in said
+        assert loss > 0
