@@ -41,6 +41,7 @@ from data.manifest import read_manifest
 from data.sampler import EpochSampler
 from opd.config import load_config
 from opd.cpu_linear import use_faster_linears
+from opd.encoding import encode_by_length, serves_update
 from opd.resolve import resolve
 from opd.rollout.decode import split
 from opd.rollout.speculative import forward_cost, speculate
@@ -99,11 +100,9 @@ class OurSide:
     def __init__(self, config: Config) -> None:
         set_verl_env(use_gpu=False)  # the engine's parts are imported under verl
         from opd.arkasr import blocked_token_ids, load_model, load_processor
-        from opd.encoding import encode_by_length
         from opd.vocab import blocked_mask
         from trainers import objectives, trained_student
 
-        self.encode_by_length = encode_by_length
         self.config, self.parts = config, objectives
         model = load_model(config.student.path, attn_implementation=config.student.attn_implementation)
         use_faster_linears(model)
@@ -137,7 +136,9 @@ class OurSide:
         tokenizer = self.processor.tokenizer
         self.module.eval()
         prompts = {name: value for name, value in inputs.items() if name not in ("audios", "audio_mask")}
-        encoded = self.encode_by_length(self.encode, inputs["audios"], inputs["audio_mask"])
+        once = serves_update(config, len(batch))
+        with torch.set_grad_enabled(once):
+            encoded = encode_by_length(self.encode, inputs["audios"], inputs["audio_mask"])
         prompts |= dict(zip(("encoded_BED", "encoded_mask_BE"), encoded, strict=True))
         with torch.no_grad():
             rollout, counts = speculate(
@@ -163,7 +164,12 @@ class OurSide:
         self.module.train()
         micros = [
             self.parts.opd_micro_batch(
-                prompts, rows, part, TeacherScore.from_dict(score), config.rollout, torch.device("cpu")
+                prompts if once else inputs,
+                rows,
+                part,
+                TeacherScore.from_dict(score),
+                config.rollout,
+                torch.device("cpu"),
             )
             for rows, part, score in zip(micro_rows, parts, scores, strict=True)
         ]

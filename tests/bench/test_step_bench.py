@@ -19,13 +19,14 @@ from opd.types import Batch
 Sides = tuple[OurSide, PlainSide, Callable[[], Batch]]
 
 
-@pytest.fixture
-def sides(speech: dict[str, Path]) -> Sides:
+@pytest.fixture(params=[4, 8])
+def sides(speech: dict[str, Path], request: pytest.FixtureRequest) -> Sides:
+    """With micro-batches of half the batch, and of all of it: then the update goes on from the rollout's encoder output."""
     keys = [
         f"data.train_manifest={speech['unlabelled']}",
         "data.eval_manifests={}",
         "train.batch_size=8",
-        "train.micro_batch_size=4",
+        f"train.micro_batch_size={request.param}",
     ]
     config = resolve(load_config(["recipe=tiny", *keys]))
     ours = OurSide(config)

@@ -52,7 +52,8 @@ def rollouts(manifest: Path) -> list[tuple[list, int, int, int]]:
     for head in (None, CtcHead.load(SEED, pad_id, torch.device("cpu"))):
         worker.ctc_head = head
         with worker.engine.generation_mode():
-            prompts, drafts = worker._with_drafts(inputs, [None] * 6)
+            prompts = worker._encoded(inputs, with_graph=False)
+            drafts = worker._draft_ids(prompts, [None] * 6)
             rollout, counts = speculate(
                 worker.engine.generate_forward, prompts, steps=worker.engine.decoder_steps(), drafts=drafts, eos_id=eos_id,
                 pad_id=pad_id, blocked_V=blocked_V, max_new_tokens=40, top_k=8,
