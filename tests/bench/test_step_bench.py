@@ -27,6 +27,7 @@ def sides(speech: dict[str, Path], request: pytest.FixtureRequest) -> Sides:
         "data.eval_manifests={}",
         "train.batch_size=8",
         f"train.micro_batch_size={request.param}",
+        "cluster.ranks_per_node=1",
     ]
     config = resolve(load_config(["recipe=tiny", *keys]))
     ours = OurSide(config)
