@@ -147,11 +147,22 @@ def rollout_cases(bench: Bench) -> list[tuple[Row, str]]:
         )
         for case, seconds in others.items()
     ]
-    step_s = (others["plain"] - prefill_s) / max(1, plain.response_ids_BT.shape[1] - 1)
+    num_steps = max(1, plain.response_ids_BT.shape[1] - 1)
     num_bytes = decoder_size * bench.dtype.itemsize  # the output matrix is the embedding
-    limit_s = num_bytes / bench.bytes_per_s
+    read = read_weights_case(bench.name, others["plain"], prefill_s, num_steps, num_bytes, bench.bytes_per_s)
+    return [*cases, read]
+
+
+def read_weights_case(
+    name: str, rollout_s: float, prefill_s: float, num_steps: int, num_bytes: int, bytes_per_s: float
+) -> tuple[Row, str]:
+    """A decoding step is what the rollout takes over its prefill; where noise leaves nothing, the row has no figures."""
+    case, step_s, limit_s = f"rollout_{name}/{READ}", (rollout_s - prefill_s) / num_steps, num_bytes / bytes_per_s
+    if step_s <= 0:
+        why = f"the prefill took {prefill_s:.4f} s, the whole rollout {rollout_s:.4f} s: raise --runs"
+        return Row(case, None, READ, limit_s, None), why
     note = f"{num_bytes / 1e9:.2f} GB of weights; {step_s / limit_s:.2f} times the limit; prefill {prefill_s:.3f} s"
-    return [*cases, (Row(f"rollout_{bench.name}/{READ}", step_s, READ, limit_s, limit_s / step_s), note)]
+    return Row(case, step_s, READ, limit_s, limit_s / step_s), note
 
 
 def same_share(ids_BT: torch.Tensor, other_BT: torch.Tensor) -> float:

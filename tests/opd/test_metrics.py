@@ -129,6 +129,7 @@ def test_live_line_on_a_terminal(tmp_path: Path) -> None:
 
 
 def test_phase_timer() -> None:
+    began = time.perf_counter()
     timer = PhaseTimer()
     with timer("rollout"):
         time.sleep(0.02)
@@ -136,25 +137,32 @@ def test_phase_timer() -> None:
         raise RuntimeError
     first = timer.take_step()
     assert set(first) == {"time/rollout", "time/step"}
-    assert 0.02 <= first["time/rollout"] <= first["time/step"] < 5
+    assert 0.02 <= first["time/rollout"] <= first["time/step"]
     with timer("teacher"):
         pass
-    assert set(timer.take_step()) == {"time/teacher", "time/step"}
+    second = timer.take_step()
+    assert set(second) == {"time/teacher", "time/step"}
     time.sleep(0.02)
-    assert list(timer.take_step()) == ["time/step"]
-    assert timer.take_step()["time/step"] < 0.02  # counted from the last call
+    third = timer.take_step()
+    assert list(third) == ["time/step"]
+    assert third["time/step"] >= 0.02
+    whole = sum(step["time/step"] for step in (first, second, third, timer.take_step()))
+    assert whole <= time.perf_counter() - began, "each is counted from the last call"
     seconds = timer.seconds()
     assert seconds["rollout"] == first["time/rollout"]
     assert seconds["total"] >= seconds["rollout"] + seconds["teacher"]
 
 
 def test_phase_timer_of_a_resumed_run() -> None:
+    began = time.perf_counter()
     timer = PhaseTimer({"total": 100.0, "rollout": 40.0})
     with timer("rollout"):
         pass
-    assert 40 <= timer.seconds()["rollout"] < 41
-    assert 100 <= timer.seconds()["total"] < 101
-    assert timer.take_step()["time/rollout"] < 1
+    seconds, step = timer.seconds(), timer.take_step()
+    elapsed = time.perf_counter() - began
+    assert 40 <= seconds["rollout"] <= 40 + elapsed + 1e-9
+    assert 100 <= seconds["total"] <= 100 + elapsed + 1e-9
+    assert step["time/rollout"] <= elapsed
 
 
 def wandb_folders(run_dir: Path) -> list[Path]:
