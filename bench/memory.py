@@ -119,15 +119,14 @@ def take_step(engine: Any, inputs: dict[str, Any], config: Any, peaks: dict[str,
     inputs = dict(inputs)
     encoded_once = engine.encodes_once(config.train.batch_size)
     with engine.generation_mode():
-        encoded = engine.encode(inputs["audios"], inputs["audio_mask"], with_graph=encoded_once)
-        prompts = {name: value for name, value in inputs.items() if name not in ("audios", "audio_mask")} | encoded
+        prompts = engine.encode(inputs, with_graph=encoded_once)
         speculate(
             engine.generate_forward, prompts, steps=engine.decoder_steps(), drafts=None, eos_id=eos_id, pad_id=0,
             blocked_V=blocked_V, max_new_tokens=WRITTEN, top_k=config.loss.top_k,
         )  # fmt: skip
     peaks["rollout"] = peak_bytes()
     micros = micro_batches(config, prompts if encoded_once else inputs, vocab_size)
-    del prompts, encoded
+    del prompts
     gc.collect()
     reset_peak()
     with engine.train_mode():

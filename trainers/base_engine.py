@@ -252,11 +252,10 @@ class StudentEngine(BaseEngine):
         """Whether generation_mode's module has the parameters that are trained, not copies of them."""
         return True
 
-    def encode(
-        self, audios: torch.Tensor, audio_mask: torch.Tensor, with_graph: bool = False
-    ) -> dict[str, torch.Tensor]:
-        """What the encoder makes of audio, as inputs in its place (`TrainedStudent.forward`). In generation_mode.
+    def encode(self, inputs: dict[str, torch.Tensor], with_graph: bool = False) -> dict[str, torch.Tensor]:
+        """Prompts with what the encoder makes of their audio in its place (`TrainedStudent.forward`). In generation_mode.
 
+        inputs      with audios (B, M, F) and audio_mask (B, F); those that are returned have encoded_BED and encoded_mask_BE
         with_graph  so that a loss on later forwards reaches the encoder's parameters
         """
 
@@ -265,8 +264,9 @@ class StudentEngine(BaseEngine):
             return encoded_BED, mask_BE
 
         with torch.set_grad_enabled(with_graph):
-            encoded_BED, mask_BE = encode_by_length(encode, audios, audio_mask)
-        return {"encoded_BED": encoded_BED, "encoded_mask_BE": mask_BE}
+            encoded_BED, mask_BE = encode_by_length(encode, inputs["audios"], inputs["audio_mask"])
+        rest = {name: value for name, value in inputs.items() if name not in ("audios", "audio_mask")}
+        return rest | {"encoded_BED": encoded_BED, "encoded_mask_BE": mask_BE}
 
     def decoder_steps(self) -> DecoderSteps | GraphSteps | None:
         """What computes the later forwards of a rollout in less time; None where only the modules can. In generation_mode."""

@@ -127,7 +127,7 @@ class StudentWorker(Worker):
         inputs, bad = self._prompts(shard)
         config, encoded_once = self.config.rollout, self.engine.encodes_once(len(shard))
         with self.engine.generation_mode():
-            prompts = self._encoded(inputs, with_graph=encoded_once)
+            prompts = self.engine.encode(inputs, with_graph=encoded_once)
             if config.source == "manifest":
                 rollout, counts = self._forced(prompts, shard, bad), None
             else:
@@ -158,11 +158,6 @@ class StudentWorker(Worker):
                 "empty": int((rollout.response_mask_BT.sum(1) == 1).logical_and(rollout.finished_B).sum()),
             },
         }
-
-    def _encoded(self, inputs: dict[str, torch.Tensor], with_graph: bool) -> dict[str, torch.Tensor]:
-        """The prompts with what the encoder makes of their audio in its place."""
-        prompts = {name: value for name, value in inputs.items() if name not in ("audios", "audio_mask")}
-        return prompts | self.engine.encode(inputs["audios"], inputs["audio_mask"], with_graph)
 
     def _draft_ids(self, prompts: dict[str, torch.Tensor], drafts: list[str | None]) -> list[list[int] | None]:
         """Ids of each draft: of the text, else what the CTC head hears."""

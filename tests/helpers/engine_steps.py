@@ -110,7 +110,7 @@ def opd_step(engine: Any, path: Path, manifest: Path, micro_size: int, reuse: bo
     inputs = processor.build_inputs(Collator().collate(utterances)[0])
     with engine.generation_mode():
         if reuse:
-            inputs |= engine.encode(inputs.pop("audios"), inputs.pop("audio_mask"), with_graph=True)
+            inputs = engine.encode(inputs, with_graph=True)
         rollout = decode(
             engine.generate_forward, inputs, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
             blocked_V=blocked_V, max_new_tokens=10, top_k=8,

@@ -135,8 +135,7 @@ def apart(config: Config, manifest: Path, folder: Path) -> dict[str, Any]:
             rows.append(
                 decode(engine.generate_forward, inputs, **arguments(engine, processor)).response_ids_BT[0].tolist()
             )
-        encoded = {name: value for name, value in inputs.items() if not name.startswith("audio")}
-        encoded |= engine.encode(inputs["audios"], inputs["audio_mask"])
+        encoded = engine.encode(inputs)
         whole, again = engine.generate_forward(**inputs).logits, engine.generate_forward(**encoded).logits
         torch.testing.assert_close(again, whole, atol=1e-5, rtol=0)
         if config.loss.ctc_weight:

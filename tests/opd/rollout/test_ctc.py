@@ -52,7 +52,7 @@ def rollouts(manifest: Path) -> list[tuple[list, int, int, int]]:
     for head in (None, CtcHead.load(SEED, pad_id, torch.device("cpu"))):
         worker.ctc_head = head
         with worker.engine.generation_mode():
-            prompts = worker._encoded(inputs, with_graph=False)
+            prompts = worker.engine.encode(inputs)
             drafts = worker._draft_ids(prompts, [None] * 6)
             rollout, counts = speculate(
                 worker.engine.generate_forward, prompts, steps=worker.engine.decoder_steps(), drafts=drafts, eos_id=eos_id,
