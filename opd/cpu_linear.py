@@ -93,12 +93,9 @@ def _product(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | No
     return y_NO[: x.numel() // x.shape[-1]].view(*x.shape[:-1], -1)
 
 
-def _weight_gradient(grad: torch.Tensor, x: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
-    if not _pays(x, weight_OI):
-        return grad.flatten(0, -2).t() @ x.flatten(0, -2)
-    grad_NO, x_NI = _rows(grad), _rows(x)
+def _weight_gradient(grad_NO: torch.Tensor, x_NI: torch.Tensor) -> torch.Tensor:
     # The fewer rows the product has, the faster it is.
-    if weight_OI.shape[0] < weight_OI.shape[1]:
+    if grad_NO.shape[1] < x_NI.shape[1]:
         return _onednn(grad_NO.t(), x_NI.t())
     return _onednn(x_NI.t(), grad_NO.t()).t().contiguous()
 
@@ -114,8 +111,14 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,), (x, weight_OI) = grads, ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        return (
-            _product(grad, weight_OI.t()) if needs_x else None,
-            _weight_gradient(grad, x, weight_OI) if needs_weight else None,
-            grad.flatten(0, -2).sum(0) if needs_bias else None,
-        )
+        grad_x = grad_weight = None
+        if _pays(x, weight_OI):
+            grad_NO = _rows(grad)  # padded once for both
+            if needs_x:
+                grad_x = _onednn(grad_NO, weight_OI.t())[: x.numel() // x.shape[-1]].view_as(x)
+            if needs_weight:
+                grad_weight = _weight_gradient(grad_NO, _rows(x))
+        else:
+            grad_x = grad @ weight_OI if needs_x else None
+            grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2) if needs_weight else None
+        return grad_x, grad_weight, grad.flatten(0, -2).sum(0) if needs_bias else None
