@@ -136,10 +136,11 @@ class StudentPool(RayResourcePool):
 
         Ray takes its time for it, and whoever places workers before would find these nodes full and take others.
         """
-        before = _free_cpus()
-        for group in self.pgs or []:
+        if not self.pgs:
+            return
+        expected = _free_cpus() + self.cluster.cpus_per_rank * self.world_size
+        for group in self.pgs:
             remove_placement_group(group)
-        expected = before + self.cluster.cpus_per_rank * self.world_size if self.pgs else 0.0
         self.pgs = None
         deadline = time.monotonic() + wait_s  # somebody else may take them at once, or their node is lost
         while _free_cpus() + 1e-6 < expected and time.monotonic() < deadline:
