@@ -12,13 +12,21 @@ class _Writes:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.first, self.end = 0, 0  # slots that are written lie in [first, end)
-        self.flat: torch.Tensor | None = None  # (R * W,) places in the flattened buffers; None: all rows from `first`
+        self.slots_RW: torch.Tensor | None = None  # of each token; None: all rows write from `first` on
+        self.places_N: torch.Tensor | None = (
+            None  # (R * W * H,) those slots in buffers flattened to (R * H * capacity, D)
+        )
+
+
+def first_slots(num_rows: int, num_heads: int, capacity: int, device: torch.device) -> torch.Tensor:
+    """Where each row's and head's first slot is in a flattened buffer: (R, H)."""
+    return torch.arange(num_rows * num_heads, device=device).view(num_rows, num_heads) * capacity
 
 
 class KeyStore:
     """Memory for the keys and values of one rollout after the other, which stays where it is.
 
-    layers   of each decoder layer (keys, values), (num_rows, capacity, H, D) each; made when the first rollout writes
+    layers   of each decoder layer (keys, values), (num_rows, H, capacity, D) each; made when the first rollout writes
     """
 
     def __init__(self, num_rows: int, capacity: int) -> None:
@@ -29,13 +37,13 @@ class KeyStore:
         """Buffers of a layer for as many rows as the states (R, H, W, D) have."""
         if len(self.layers) == index:
             # Zeros: a masked slot has weight 0, and 0 times what stood in fresh memory could be NaN.
-            keys, values = (s.new_zeros(self.num_rows, self.capacity, s.shape[1], s.shape[3]) for s in states)
+            keys, values = (s.new_zeros(self.num_rows, s.shape[1], self.capacity, s.shape[3]) for s in states)
             self.layers.append((keys, values))
         return [buffer[: states[0].shape[0]] for buffer in self.layers[index]]
 
 
 class _RowLayer(CacheLayerMixin):
-    """One layer's buffers. They are kept as (R, capacity, H, D), so that what a token adds lies together."""
+    """One layer's buffers. They are kept as (R, H, capacity, D), a matrix for each row and head that attention multiplies by."""
 
     is_sliding = False
 
@@ -57,20 +65,22 @@ class _RowLayer(CacheLayerMixin):
         """Stores (R, H, W, D) and returns all slots up to the last one written, (R, H, end, D)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        first, end, flat = self.writes.first, self.writes.end, self.writes.flat
+        writes = self.writes
         for buffer, new in ((self.keys, key_states), (self.values, value_states)):
-            new_RWHD = new.transpose(1, 2)
-            if flat is None:
-                buffer[:, first:end] = new_RWHD
-            else:
-                buffer.flatten(0, 1).index_copy_(0, flat, new_RWHD.flatten(0, 1))
-        return self.keys[:, :end].transpose(1, 2), self.values[:, :end].transpose(1, 2)
+            if writes.slots_RW is None:
+                buffer[:, :, writes.first : writes.end] = new
+                continue
+            if writes.places_N is None:  # the first layer finds it out for all
+                first_RH = first_slots(new.shape[0], new.shape[1], writes.capacity, new.device)
+                writes.places_N = (first_RH[:, None] + writes.slots_RW[..., None]).flatten()
+            buffer.flatten(0, 2).index_copy_(0, writes.places_N, new.transpose(1, 2).flatten(0, 2))
+        return self.keys[:, :, : writes.end], self.values[:, :, : writes.end]
 
     def grow(self, capacity: int) -> None:
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = old.new_zeros(old.shape[0], capacity, *old.shape[2:])
-            new[:, : old.shape[1]] = old
+            new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
+            new[:, :, : old.shape[2]] = old
             setattr(self, name, new)
 
     def keep(self, rows: torch.Tensor) -> None:
@@ -115,11 +125,7 @@ class RowCache(Cache):
             writes.capacity = end + max(16, writes.capacity // 4)
             for layer in self.layers:
                 layer.grow(writes.capacity)
-        writes.first, writes.end = first, end
-        writes.flat = None
-        if slots_RW is not None:
-            row_R1 = torch.arange(slots_RW.shape[0], device=slots_RW.device)[:, None]
-            writes.flat = (row_R1 * writes.capacity + slots_RW).flatten()
+        writes.first, writes.end, writes.slots_RW, writes.places_N = first, end, slots_RW, None
 
     def keep(self, rows: torch.Tensor) -> None:
         """Keeps these rows (int64 indices) and gives the memory of the others back."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from opd.rollout.cache import KeyStore, RowCache
+from opd.rollout.cache import KeyStore, RowCache, first_slots
 from opd.rollout.drafts import MAX_WIDTH
 from opd.rollout.steps import DecoderSteps
 
@@ -112,8 +112,10 @@ class _Bucket:
         self.writes = SimpleNamespace(capacity=store.capacity)
         self.far = torch.finfo(mask.dtype).min
         self.ids_RW = torch.zeros(num_rows, width, dtype=torch.int64, device=mask.device)
-        self.positions_RW, self.places_RW = torch.zeros_like(self.ids_RW), torch.zeros_like(self.ids_RW)
-        self.row_R1 = torch.arange(num_rows, device=mask.device)[:, None] * store.capacity
+        self.positions_RW = torch.zeros_like(self.ids_RW)
+        num_heads = self.layers[0][0].shape[1]
+        self.first_R1H = first_slots(num_rows, num_heads, store.capacity, mask.device)[:, None]
+        self.places_RWH = self.first_R1H.repeat(1, width, 1)
         self.mask_R1WL = mask.new_zeros(num_rows, 1, width, store.capacity)
         self.graph: Any = None
         self.logits_NV = logits_NV
@@ -122,14 +124,13 @@ class _Bucket:
     def fill(self, ids_RW: torch.Tensor, mask_R1WL: torch.Tensor, positions_RW: torch.Tensor, cache: RowCache) -> None:
         """Puts the inputs of a forward of at most this size into their places."""
         rows, width = ids_RW.shape
-        first, end, flat = cache.writes.first, cache.writes.end, cache.writes.flat
+        first, end, slots_RW = cache.writes.first, cache.writes.end, cache.writes.slots_RW
+        if slots_RW is None:
+            slots_RW = torch.arange(first, end, device=ids_RW.device).expand(rows, width)
         self.ids_RW[:rows, :width] = ids_RW
         self.positions_RW[:rows, :width] = positions_RW
-        self.places_RW.copy_(self.row_R1 + (self.writes.capacity - 1))
-        if flat is None:
-            self.places_RW[:rows, :width] = self.row_R1[:rows] + torch.arange(first, end, device=ids_RW.device)
-        else:
-            self.places_RW[:rows, :width] = flat.view(rows, width)
+        self.places_RWH.copy_((self.first_R1H + (self.writes.capacity - 1)).expand_as(self.places_RWH))
+        self.places_RWH[:rows, :width] = self.first_R1H[:rows] + slots_RW[..., None]
         self.mask_R1WL.fill_(self.far)
         self.mask_R1WL[:rows, :, :width, :end] = mask_R1WL
 
@@ -144,8 +145,8 @@ class _Bucket:
         """Stores (R, H, W, D) and returns all slots, (R, H, capacity, D)."""
         keys, values = self.layers[layer_idx]
         for buffer, new in ((keys, key_states), (values, value_states)):
-            buffer.flatten(0, 1).index_copy_(0, self.places_RW.flatten(), new.transpose(1, 2).flatten(0, 1))
-        return keys.transpose(1, 2), values.transpose(1, 2)
+            buffer.flatten(0, 2).index_copy_(0, self.places_RWH.flatten(), new.transpose(1, 2).flatten(0, 2))
+        return keys, values
 
 
 def _round_up(rows: int, most: int) -> int:

@@ -19,6 +19,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Model, Qwen2RMSNorm
 from opd.cpu_linear import add_linear, linear
 from opd.rollout.cache import RowCache
 
+SCORES = 1 << 20  # of attention, that may be held at once
+
 
 class DecoderSteps:
     """Takes what the model's forward takes after the prompt. Attention is torch's own, whatever the model is set to.
@@ -75,6 +77,8 @@ class DecoderSteps:
         # The query heads of one key head are folded into its queries, so that no key is copied.
         groups = self.num_heads // self.num_kv_heads
         mask = attention_mask.repeat_interleave(groups, 2) if groups > 1 else attention_mask
+        if self._holds_scores(mask):
+            mask = mask.expand(-1, self.num_kv_heads, -1, -1).flatten(0, 1)
         for index, (norms, projections, out_weight, (gate_weight, up_weight, down_weight)) in enumerate(self.layers):
             y_ND = self._norm(x_ND, norms[0])
             attended_ND = self._attend(y_ND, projections, rotation, mask, past_key_values, index, (rows, width))
@@ -85,6 +89,11 @@ class DecoderSteps:
         y_ND = self._norm(x_ND, self.norm)
         logits_NV = linear(y_ND, self.head) if out_NV is None else torch.mm(y_ND, self.head.t(), out=out_NV)
         return SimpleNamespace(logits=logits_NV.view(rows, width, -1))
+
+    def _holds_scores(self, mask: torch.Tensor) -> bool:
+        """Whether attention is to be two plain products: for few queries they are faster on CPUs than torch's own."""
+        on_cpu = mask.device.type == "cpu" and mask.dtype == torch.float32
+        return on_cpu and mask.numel() * self.num_kv_heads <= SCORES
 
     def _norm(self, x_ND: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return functional.rms_norm(x_ND, weight.shape, weight, self.eps)
@@ -99,7 +108,7 @@ class DecoderSteps:
         index: int,
         shape: tuple[int, int],
     ) -> torch.Tensor:
-        """Attention before its output projection: (N, heads * head_dim)."""
+        """Attention before its output projection: (N, heads * head_dim). A mask of three dimensions is one of plain products."""
         heads, kv_heads, head_dim = self.num_heads, self.num_kv_heads, self.head_dim
         q, k, v = (linear(y_ND, weight, bias) for weight, bias in projections)
         turned = torch.cat([q, k], 1).view(-1, heads + kv_heads, head_dim)
@@ -112,7 +121,11 @@ class DecoderSteps:
         rows, width = shape
         groups = heads // kv_heads
         queries = turned[:, :heads].reshape(rows, width, kv_heads, groups, head_dim).transpose(1, 2).flatten(2, 3)
-        out = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=self.scaling)
+        if mask.dim() == 3:
+            scores = torch.baddbmm(mask, queries.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), alpha=self.scaling)
+            out = torch.bmm(scores.softmax(-1), values.flatten(0, 1))
+        else:
+            out = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=self.scaling)
         return out.view(rows, kv_heads, width, groups * head_dim).transpose(1, 2).reshape(rows * width, -1)
 
     def _rotation(self, position_ids: torch.Tensor, cache: RowCache) -> tuple[torch.Tensor, torch.Tensor]:

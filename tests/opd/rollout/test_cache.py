@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
+from opd.rollout import steps
 from opd.rollout.cache import RowCache
-from opd.rollout.steps import DecoderSteps
 
 PROMPT = 5
 
@@ -27,17 +27,21 @@ def alone(model: Qwen2ForCausalLM, ids: list[int]) -> torch.Tensor:
     return model(torch.tensor([ids]), past_key_values=DynamicCache()).logits[0, -1]
 
 
-@pytest.mark.parametrize("kind", ["forward", "steps"])
+@pytest.mark.parametrize("kind", ["forward", "steps", "steps_sdpa"])
 @pytest.mark.parametrize("capacity", [PROMPT + 2, 64])
 @torch.no_grad()
-def test_rows_grow_at_their_own_pace(model: Qwen2ForCausalLM, kind: str, capacity: int) -> None:
+def test_rows_grow_at_their_own_pace(
+    model: Qwen2ForCausalLM, kind: str, capacity: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three rows take 0 to 3 of four tokens a round; the others are rejected. One row leaves half-way."""
+    if kind == "steps_sdpa":
+        monkeypatch.setattr(steps, "SCORES", 0)
     generator = torch.Generator().manual_seed(7)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randint(1, 50, shape, generator=generator)
 
-    step = model if kind == "forward" else DecoderSteps(model)
+    step = model if kind == "forward" else steps.DecoderSteps(model)
     prompts = [draw(PROMPT - pad).tolist() for pad in (0, 2, 1)]
     padding_R = torch.tensor([0, 2, 1])
     cache = RowCache(capacity)

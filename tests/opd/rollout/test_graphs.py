@@ -69,7 +69,7 @@ def test_buffers_stay_where_they_are(setup: tuple[Any, dict, dict]) -> None:
 
     def places() -> list[int]:
         buckets = steps._buckets.values()
-        tensors = [t for b in buckets for t in (b.ids_RW, b.positions_RW, b.places_RW, b.mask_R1WL, b.logits_NV)]
+        tensors = [t for b in buckets for t in (b.ids_RW, b.positions_RW, b.places_RWH, b.mask_R1WL, b.logits_NV)]
         assert steps.store is not None
         return [t.data_ptr() for t in (*tensors, *(t for layer in steps.store.layers for t in layer))]
 
