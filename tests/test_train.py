@@ -197,7 +197,7 @@ def test_a_killed_run_resumes_bit_equal(jobs: dict[str, Future], folder: Path) -
 def test_deepspeed_goes_on_from_its_checkpoint_with_the_losses_of_fsdp2(jobs: dict[str, Future], folder: Path) -> None:
     finished(jobs, "unbroken")
     printed = finished(jobs, "zero").stdout
-    assert re.search(r"^going on after step [23] of 6$", printed, re.MULTILINE)
+    assert re.search(r"^going on after step [2-5] of 6$", printed, re.MULTILINE)
     own, other = (
         {line["step"]: line["loss/kl"] for line in metrics(folder / name) if "loss/kl" in line}
         for name in ("zero", "unbroken")

@@ -15,7 +15,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import soundfile
-from main_job import BIN, ONE_RANK, ROOT, command, run, start, wait_for_job_server, wait_for_step
+from main_job import BIN, ONE_RANK, ROOT, command, run, start, wait_for_checkpoint, wait_for_job_server, wait_for_step
 
 from data.manifest import read_manifest, write_manifest
 
@@ -35,9 +35,10 @@ def kill_twice(arguments: list[str], env: dict[str, str], run_dir: Path) -> Resu
 
 
 def kill_rank(arguments: list[str], env: dict[str, str], run_dir: Path) -> subprocess.Popen[str]:
-    """A run whose second rank is killed with SIGKILL after step 3, once that was noticed."""
+    """A run whose second rank is killed with SIGKILL after step 3 and the first checkpoint, once that was noticed."""
     process = start(arguments, env)
     wait_for_step(process, run_dir, 3)
+    wait_for_checkpoint(process, run_dir)
     rank = json.loads((run_dir / "workers.json").read_text())["student"][1]
     os.kill(rank, signal.SIGKILL)
     deadline = time.monotonic() + 60

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -79,10 +79,19 @@ def start(arguments: list[str], env: dict[str, str]) -> subprocess.Popen[str]:
 def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
     """Returns as soon as the run has logged a step."""
     path = run_dir / "metrics.jsonl"
+    wait_until(lambda: path.exists() and f'"step": {step},' in path.read_text(), process, f"step {step}")
+
+
+def wait_for_checkpoint(process: subprocess.Popen[str], run_dir: Path) -> None:
+    """Returns as soon as a checkpoint is complete: it is written beside training, so a later step says nothing of it."""
+    wait_until(lambda: any(run_dir.glob("checkpoints/step-*/COMPLETE")), process, "complete checkpoint")
+
+
+def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str], what: str) -> None:
     deadline = time.monotonic() + TIMEOUT_S
-    while not path.exists() or f'"step": {step},' not in path.read_text():
+    while not happened():
         assert process.poll() is None, process.stdout.read() if process.stdout else ""
-        assert time.monotonic() < deadline, f"no step {step} within {TIMEOUT_S:g} s"
+        assert time.monotonic() < deadline, f"no {what} within {TIMEOUT_S:g} s"
         time.sleep(0.02)
 
 
