@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from data.buckets import LengthSpread
 from data.index import open_manifest
 from opd.bad_audio import BadAudioList
+from opd.batches import Batches, BatchLog
 from opd.card import write_model_card
 from opd.checkpoint import RunDir
 from opd.evaluate import score_transcripts
@@ -32,7 +33,7 @@ from opd.teacher_data import TeacherData
 from opd.teachers.cache import KeptTexts
 from opd.teachers.environment import check_environments
 from opd.teachers.routing import Router
-from opd.training_data import BatchLog, TrainingData
+from opd.training_data import TrainingData
 from opd.types import Batch
 from opd.workers import Workers
 
@@ -58,7 +59,6 @@ class Run:
         self.gate: TeacherGate | None = None
         self.line = RolloutLine(config)
         self.saver = Saver(run_dir)
-        self._spread = LengthSpread(config.num_ranks) if config.data.group_by_length else list
         self.stop_signal = StopSignal(config.checkpoint.grace_s)
         self.drafts = DraftTexts(config.rollout.draft, self.state.setdefault("drafts", {}), KeptTexts(config))
         with self.timer("data"):
@@ -171,6 +171,7 @@ class Run:
         limit = self.config.teacher.gate_max_wer
         if limit is not None:
             self.gate = TeacherGate(limit, self.teacher.transcribe, self.config.eval.normaliser)
+        self.batches = Batches(self.config, self.data.feed, self.gate, self.student.prefetch, self.batch_log)
         if self.step:
             self.student.load(self.dir.checkpoint_path(self.step))
             print(f"going on after step {self.step} of {self.config.train.num_steps}")
@@ -198,17 +199,11 @@ class Run:
         return range(self.step + 1, last + 1)
 
     def next_batch(self) -> Batch:
-        """The next global batch: what the sampler draws and, where there is one, the teacher gate lets pass."""
-        size, feed = self.config.train.batch_size, self.data.feed
-        if self.gate is None:
-            batch = self._spread(feed.next_batch(size))
-            self.student.prefetch(self._spread(feed.peek_batch(size)))
-        else:
-            with self.timer("gate"):
-                batch = self._spread(self.gate.fill(feed, size))
+        """The next global batch. Those of a stream are checked here, since it cannot be looked through before."""
+        with self.timer("gate") if self.gate is not None else nullcontext():
+            batch = self.batches.next()
         if self.router is not None:
             self.data.check_streamed(self.router, batch)
-        self.batch_log.add(batch)
         return batch
 
     def score(self, rollout: Any, number: int) -> Any:
@@ -319,7 +314,7 @@ class Run:
             return
         self.workers.stop_clocks()
         with self.timer("checkpoint"):
-            self.state["sampler"] = self.data.feed.state_dict()
+            self.state["sampler"] = self.batches.state_dict(is_waiting=not self.line.is_empty)
             self.state["batch_size"] = self.config.train.batch_size
             self.state["seconds"] = self.timer.seconds()
             self.state["finished"] = last

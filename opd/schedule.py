@@ -38,6 +38,10 @@ class RolloutLine:
         ahead = self.config.schedule == "one_step_off" and not self._may_save(step)
         return len(self._line) < (2 if ahead else 1)
 
+    @property
+    def is_empty(self) -> bool:
+        return not self._line
+
     def rollout_step(self, step: int) -> int:
         """The step that the next rollout is made for."""
         return step + len(self._line)

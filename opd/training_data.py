@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,7 +11,6 @@ from data.feed import Feed, ManifestFeed, MixedFeed, source_seed
 from data.index import IndexedManifest, facts_of, open_manifest
 from data.sampler import EpochSampler
 from data.sound import is_stream
-from opd.checkpoint import atomic_write_text
 from opd.schema import Config
 from opd.teachers.routing import Router
 from opd.types import Batch, Utterance
@@ -118,25 +115,3 @@ def _seconds(utterances: Sequence[Utterance]) -> Sequence[float] | np.ndarray:
     for position in np.flatnonzero(np.isnan(seconds)).tolist():
         seconds[position] = audio_seconds(utterances[position])
     return seconds
-
-
-class BatchLog:
-    """The ids of each step's utterances, a line a step, where `data.log_batches` asks for it."""
-
-    def __init__(self, path: Path, step: int, is_on: bool) -> None:
-        """step: the newest checkpoint's. What was logged after it is dropped: those steps are run again."""
-        self.path = path
-        self.step = step
-        self.is_on = is_on
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").split("\n")
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            atomic_write_text(path, "".join(f"{line}\n" for line in kept))
-
-    def add(self, batch: Batch) -> None:
-        """The batch of the next step."""
-        self.step += 1
-        if self.is_on:
-            row: dict[str, Any] = {"step": self.step, "ids": [utterance.id for utterance in batch]}
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")

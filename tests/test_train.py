@@ -35,6 +35,7 @@ from opd import export
 from opd.config import load_config
 from opd.run import Run
 from opd.train import main
+from opd.training_data import TrainingData
 
 NOT_FINITE = ["optim.lr=1e30", "optim.warmup_steps=0", "checkpoint.checkpoint_every=100", NO_EVAL, *ONE_RANK]
 # A rate that changes nothing: the second evaluation is no better than the first, and patience is at its end.
@@ -73,17 +74,7 @@ def jobs(speech: dict[str, Path], cluster: dict[str, str], folder: Path) -> Iter
         "skip": lambda: run(command(speech, folder / "skip", *spoilt, "data.on_bad_audio=skip"), cluster),
         "not_finite": lambda: run(command(speech, folder / "not_finite", *NOT_FINITE), cluster),
         "mixed": lambda: run_with_two_batch_sizes(speech, folder / "mixed", cluster),
-        "preempted": lambda: preempt(
-            command(
-                speech,
-                folder / "preempted",
-                *PREEMPTED,
-                f"data.train_manifest={speech['train']}",
-                recipe="tiny_student",
-            ),
-            cluster,
-            folder / "preempted",
-        ),
+        "preempted": lambda: preempt(command(speech, folder / "preempted", *PREEMPTED), cluster, folder / "preempted"),
         "few_cpus": lambda: run(command(speech, folder / "few_cpus", "cluster.cpus_per_rank=8"), cluster),
         "no_gpu": lambda: run(command(speech, folder / "no_gpu", "cluster.use_gpu=true"), cluster),
         "no_overlap": lambda: run(
@@ -207,10 +198,16 @@ def test_deepspeed_goes_on_from_its_checkpoint_with_the_losses_of_fsdp2(jobs: di
     assert {f"state/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1)} < files.keys()
 
 
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(jobs: dict[str, Future], folder: Path) -> None:
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(
+    jobs: dict[str, Future], folder: Path, speech: dict[str, Path]
+) -> None:
+    """With schedule=one_step_off, where a rollout is in line that no checkpoint holds."""
     finished(jobs, "preempted")
     steps = [line["step"] for line in metrics(folder / "preempted")]
     assert steps == list(range(1, 41)), "no step is lost, none is done twice"
+    rows = [json.loads(line) for line in (folder / "preempted" / "batches.jsonl").read_text().splitlines()]
+    feed = TrainingData(load_config(["recipe=tiny", f"data.train_manifest={speech['unlabelled']}"])).feed
+    assert [sorted(row["ids"]) for row in rows] == [sorted(u.id for u in feed.next_batch(8)) for _ in range(40)]
 
 
 def test_a_ray_job_runs_as_the_readme_says(jobs: dict[str, Future], folder: Path) -> None:

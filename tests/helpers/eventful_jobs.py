@@ -21,7 +21,9 @@ from data.manifest import read_manifest, write_manifest
 
 Result = subprocess.CompletedProcess[str]
 NO_EVAL = "data.eval_manifests={}"
-PREEMPTED = ["train.num_steps=40", "checkpoint.checkpoint_every=100", "data.sorted_epochs=0", NO_EVAL, *ONE_RANK]
+PREEMPTED = [
+    "train.num_steps=40", "checkpoint.checkpoint_every=100", "schedule=one_step_off", "data.log_batches=true", NO_EVAL, *ONE_RANK,
+]  # fmt: skip
 
 
 def kill_twice(arguments: list[str], env: dict[str, str], run_dir: Path) -> Result:

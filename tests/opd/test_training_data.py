@@ -15,8 +15,7 @@ from data.feed import MixedFeed
 from data.index import IndexedManifest
 from opd.config import Config, load_config
 from opd.teachers.routing import Router
-from opd.training_data import BatchLog, TrainingData
-from opd.types import Utterance
+from opd.training_data import TrainingData
 
 ROUTES = "teacher.routes={dutch: {match: {language: nl}, path: a}, calls: {match: {domain: call}, path: b}}"
 BY_LANGUAGE = "teacher.routes={dutch: {match: {language: nl}, path: a}, english: {match: {language: [en]}, path: b}}"
@@ -118,21 +117,3 @@ def test_several_sources_and_a_stream(tmp_path: Path, monkeypatch: pytest.Monkey
         data.check_streamed(router, batch)
     with pytest.raises(ValueError, match=r"s\.parquet:row . of epoch 1: this set needs a transcript"):
         TrainingData(config(sources["stream"]["path"], "stage=sft")).feed.next_batch(2)
-
-
-def test_logged_batches_go_on_where_the_checkpoint_was(tmp_path: Path) -> None:
-    path = tmp_path / "batches.jsonl"
-    batches = [[Utterance(id=f"é{step}{i}", audio="a.wav") for i in range(2)] for step in range(1, 5)]
-    log = BatchLog(path, 0, is_on=True)
-    for batch in batches:
-        log.add(batch)
-    with open(path, "a") as file:
-        file.write('{"step": 5, "ids": ["cut sh')
-    log = BatchLog(path, 2, is_on=True)
-    log.add(batches[3])
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert rows == [
-        {"step": 1, "ids": ["é10", "é11"]}, {"step": 2, "ids": ["é20", "é21"]}, {"step": 3, "ids": ["é40", "é41"]},
-    ]  # fmt: skip
-    BatchLog(tmp_path / "off.jsonl", 0, is_on=False).add(batches[0])
-    assert not (tmp_path / "off.jsonl").exists()
