@@ -31,6 +31,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "frozen_encoder": {"student": {"freeze": ["encoder"]}},
     "frozen_decoder": {"student": {"freeze": ["decoder"]}},
     "one_micro_batch": {"train": {"batch_size": 4}},
+    "one_micro_batch_checkpointed": {"train": {"batch_size": 4}, "student": {"activation_checkpointing": True}},
 }
 WHISPER = {
     "d_model": 512, "encoder_layers": 5, "encoder_attention_heads": 8, "encoder_ffn_dim": 2048, "num_mel_bins": 80,

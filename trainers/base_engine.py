@@ -263,8 +263,12 @@ class StudentEngine(BaseEngine):
             encoded_BED, _, mask_BE = self.generation_module(encode_only=True, audios=audios_BMF, audio_mask=mask_BF)
             return encoded_BED, mask_BE
 
+        encoder = self.generation_module.model.audio_encoder
+        # Only a module that trains is checkpointed; it computes the same, since `encodes_once` asks for no dropout.
+        encoder.train(with_graph)
         with torch.set_grad_enabled(with_graph):
             encoded_BED, mask_BE = encode_by_length(encode, inputs["audios"], inputs["audio_mask"])
+        encoder.eval()
         rest = {name: value for name, value in inputs.items() if name not in ("audios", "audio_mask")}
         return rest | {"encoded_BED": encoded_BED, "encoded_mask_BE": mask_BE}
 

@@ -54,6 +54,29 @@ def gradients_and_saved_bytes(config: Config, manifest: Path) -> tuple[dict, dic
     return totals, gradients, saved.total()
 
 
+def bytes_kept_of_encoder(config: Config, manifest: Path) -> int:
+    """What the encoder's pass for the rollout leaves for the update's backward."""
+    engine = start(config, LayeredEngine)
+    inputs = load_processor(config.student.path).build_inputs(Collator().collate(read_manifest(manifest)[:8])[0])
+    saved = SavedBytes()
+    with engine.generation_mode(), torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
+        encoded = engine.encode(inputs, with_graph=True)["encoded_BED"]
+        assert not any(module.training for module in engine.module.modules())
+    assert encoded.requires_grad
+    return saved.total()
+
+
+def test_activation_checkpointing_holds_for_the_encoder_of_the_rollout(tiny_dir: Path, speech: dict[str, Path]) -> None:
+    plain, checkpointed = (
+        run_ranks(
+            1, bytes_kept_of_encoder, make_config(tiny_dir, student={"path": str(tiny_dir), **keys}), speech["train"]
+        )[0]
+        for keys in ({}, {"activation_checkpointing": True})
+    )
+    print(f"{plain:,} bytes saved, {checkpointed:,} with activation checkpointing")
+    assert checkpointed < 0.6 * plain
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_activation_checkpointing_gives_the_same_gradient_and_saves_less(
     tiny_dir: Path, speech: dict[str, Path], ranks: int
