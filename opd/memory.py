@@ -233,8 +233,8 @@ def _widest(layer: LayerSizes, front_end: int = 0) -> int:
 # -- one teacher worker ----------------------------------------------------------------------------------------------------
 
 
-def teacher_memory(config: Config, sizes: TeacherSizes) -> Phases:
-    """Bytes of a teacher worker while it scores a micro-batch and while it transcribes (evaluation, gate, stage td)."""
+def teacher_memory(config: Config, sizes: TeacherSizes, micro_rows: int) -> Phases:
+    """Bytes of a teacher worker while it scores a micro-batch of `micro_rows` and while it transcribes (evaluation, gate, td)."""
     each = BYTES[config.teacher.dtype]
     weights = {f"weights, {config.teacher.dtype}": float(each * sizes.num_parameters)}
     seconds, response = config.data.max_seconds, config.rollout.max_new_tokens
@@ -247,11 +247,11 @@ def teacher_memory(config: Config, sizes: TeacherSizes) -> Phases:
             heard * sizes.front_end, frames * _widest(sizes.encoder), rows * tokens * _widest(sizes.decoder)
         )
 
-    rows, positions = config.train.micro_batch_size, config.train.micro_batch_size * response
+    positions = micro_rows * response
     scored = min(CHUNK_SIZE, positions) * sizes.vocab_size * (each + 4 * FLOAT32)
     if config.loss.kind == "full_kl":
         scored += FLOAT32 * positions * sizes.vocab_size
-    phases = {"scoring": weights | {"activations": forward(rows, prompt + response), "logits": float(scored)}}
+    phases = {"scoring": weights | {"activations": forward(micro_rows, prompt + response), "logits": float(scored)}}
     if config.stage == "td" or config.teacher.gate_max_wer is not None or (
         config.eval.teacher and config.data.eval_manifests
     ):  # fmt: skip
@@ -296,16 +296,18 @@ def estimate(config: Config) -> Estimate:
     if config.engine != "fsdp2":
         raise ValueError(f"engine={config.engine}: the estimate is that of engine=fsdp2; ask for it with engine=fsdp2")
     sizes = student_sizes(config)
+    lengths = longest(config, sizes.merge_factor)
     teachers = {}
     if config.stage != "sft":
-        teachers = {name: teacher_memory(config, teacher_sizes(one)) for name, one in config.teacher.by_route().items()}
+        by_name = config.teacher.by_route().items()
+        teachers = {name: teacher_memory(config, teacher_sizes(one), lengths.micro_rows) for name, one in by_name}
     cluster = config.cluster
     beside = 0
     if teachers and cluster.gpus_per_rank + cluster.gpus_per_teacher <= 1:
         beside = math.ceil(config.num_teachers / config.num_ranks)
     offloaded = config.optim.offload and cluster.use_gpu
     return Estimate(
-        student=student_memory(config, sizes, longest(config, sizes.merge_factor)),
+        student=student_memory(config, sizes, lengths),
         teachers=teachers,
         teachers_beside=beside if cluster.use_gpu else 0,
         use_gpu=cluster.use_gpu,

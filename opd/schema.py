@@ -213,7 +213,7 @@ class EvalConfig:
 class ExportConfig:
     dtype: str = key("bfloat16", "type of the exported weights: float32 | bfloat16 | float16")
     ctc_head: bool = key(
-        True, "stage sft with loss.ctc_weight: keep the CTC head beside the weights, for drafts of later rollouts"
+        True, "stages sft and td: keep the CTC head, trained or found at student.path, for drafts of later rollouts"
     )
     code: bool = key(True, "put the arkasr remote code into the export")
     push: str | None = key(None, "Hub repository the export is pushed to at the end (needs a token)")

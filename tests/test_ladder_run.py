@@ -58,6 +58,10 @@ def test_a_killed_ladder_goes_on_in_the_middle_of_its_stage(
     # Each stage starts where the one before ended.
     for before, after in (("sft", "td"), ("td", "opd")):
         assert stages[before]["eval"]["held_out"]["after"]["wer"] == stages[after]["eval"]["held_out"]["before"]["wer"]
+    # TD trains no CTC head, but hands on the one that SFT has trained: drafts for audio without a text.
+    heads = [run_dir / stage / "export" / "ctc_head.safetensors" for stage in ("sft", "td", "opd")]
+    assert heads[0].read_bytes() == heads[1].read_bytes()
+    assert not heads[2].exists()
     # The gate asked the teacher about what it had transcribed for TD: nothing was decoded again but the evaluation set.
     gate = stages["opd"]["gate"]
     assert gate["checked"] >= 32

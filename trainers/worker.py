@@ -6,6 +6,7 @@ Rollouts and scores come and go as references to dictionaries of tensors; the dr
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import time
 from collections import deque
@@ -28,7 +29,7 @@ from opd.arkasr import blocked_token_ids, load_processor
 from opd.config import config_from_dict
 from opd.export import save_arkasr
 from opd.peak_memory import peak_memory
-from opd.rollout.ctc import CtcHead, save_ctc_head
+from opd.rollout.ctc import CTC_FILE, CtcHead, save_ctc_head
 from opd.rollout.decode import split, uniforms
 from opd.rollout.forced import forced
 from opd.rollout.speculative import RolloutCounts, forward_cost, speculate
@@ -89,9 +90,7 @@ class StudentWorker(Worker):
             self.device.type,
             self.config.cluster.threads_per_rank,
         )
-        self.ctc_head = None
-        if self.config.stage == "opd" and self.config.rollout.draft in ("auto", "ctc"):
-            self.ctc_head = CtcHead.load(self.path, self.pad_id, self.device)
+        self.ctc_head = self._load_ctc_head(vocab_size)
         parameters = list(self.engine.module.parameters())
         return {
             "rank": self.rank,
@@ -102,6 +101,20 @@ class StudentWorker(Worker):
             "seconds_join": joined - began,
             "seconds_build": time.perf_counter() - joined,
         }
+
+    def _load_ctc_head(self, vocab_size: int) -> CtcHead | None:
+        """What drafts are heard with, where the student's folder has it. Raises ValueError where it is missing and asked for."""
+        draft = self.config.rollout.draft
+        if self.config.stage != "opd" or draft not in ("auto", "ctc"):
+            return None
+        width = self.engine.model_config.whisper_config.d_model
+        head = CtcHead.load(self.path, self.pad_id, self.device, (vocab_size, width))
+        if head is None and draft == "ctc":
+            raise ValueError(
+                f"rollout.draft=ctc: {self.path} has no {CTC_FILE}; start from a student that stage=sft trained with "
+                "loss.ctc_weight above 0 and export.ctc_head=true, or set rollout.draft=auto"
+            )
+        return head
 
     @property
     def device(self) -> torch.device:
@@ -312,14 +325,21 @@ class StudentWorker(Worker):
                 state, self.engine.model_config, self.processor, Path(out_dir),
                 dtype=self.config.export.dtype, with_code=self.config.export.code,
             )  # fmt: skip
-        if self.engine.module.ctc_head is not None and self.config.export.ctc_head:
+        if self.config.stage != "opd" and self.config.export.ctc_head:
+            self._export_ctc_head(Path(out_dir))
+        dist.barrier()
+
+    def _export_ctc_head(self, out_dir: Path) -> None:
+        """The CTC head that was trained, else the one that the student came with: what it hears is a draft still."""
+        if self.engine.module.ctc_head is not None:
             with self.engine.generation_mode():
                 weight, bias = (
                     p.detach().float().cpu().clone() for p in self.engine.generation_module.ctc_head.parameters()
                 )
             if self.rank == 0:
-                save_ctc_head(Path(out_dir), weight, bias, DTYPES[self.config.export.dtype])
-        dist.barrier()
+                save_ctc_head(out_dir, weight, bias, DTYPES[self.config.export.dtype])
+        elif self.rank == 0 and (Path(self.path) / CTC_FILE).is_file():
+            shutil.copy(Path(self.path) / CTC_FILE, out_dir)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL, blocking=False)
     def round_weights(self) -> None:

@@ -22,17 +22,25 @@ class CtcHead:
         self.weight, self.bias, self.blank_id = weight, bias, blank_id
 
     @classmethod
-    def load(cls, folder: str | Path, blank_id: int, device: torch.device) -> CtcHead | None:
-        """The head of an arkasr folder; None where it has none. Raises ValueError for a file that is something else."""
+    def load(
+        cls, folder: str | Path, blank_id: int, device: torch.device, shape: tuple[int, int] | None = None
+    ) -> CtcHead | None:
+        """The head of an arkasr folder; None where it has none.
+
+        Raises ValueError for a file that is something else, or that belongs to a model of another `shape` (V, D).
+        """
         path = Path(folder) / CTC_FILE
         if not path.is_file():
             return None
         try:
             tensors = load_file(path, device=str(device))
+            found = tensors["weight"].shape
+            if tuple(found) != (shape or tuple(found)) or tensors["bias"].shape != found[:1]:
+                raise ValueError(f"shapes {list(found)} and {list(tensors['bias'].shape)}, the model has {shape}")
             return cls(tensors["weight"].float(), tensors["bias"].float(), blank_id)
         except Exception as error:  # safetensors has no common base of its errors
             raise ValueError(
-                f"{path}: no CTC head ({' '.join(str(error).split())}); remove the file or set rollout.draft=earlier"
+                f"{path}: no CTC head of this model ({' '.join(str(error).split())}); remove the file or set rollout.draft=earlier"
             ) from error
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from data.sound import file_of
@@ -55,9 +55,13 @@ class CacheFolder:
         return self.path("transcript", utterance, self.decoding, ".json")
 
     def transcript(self, utterance: Utterance) -> TeacherTranscript | None:
-        """What the teacher wrote, where it is kept."""
-        path = self.transcript_path(utterance)
-        return TeacherTranscript(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+        """What the teacher wrote, where it is kept. A damaged file (a machine that lost power) counts as none."""
+        try:
+            return TeacherTranscript(**json.loads(self.transcript_path(utterance).read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError):  # no JSON, no text, or other fields
+            return None
 
 
 class KeptTexts:
@@ -136,22 +140,23 @@ class CachedTeacher:
             self.kept.path("score", utterance, [self.scoring, row], ".safetensors")
             for utterance, row in zip(utterances, ids, strict=True)
         ]
-        missing = [row for row, path in enumerate(paths) if not path.exists()]
+        kept = [_read_score(path) for path in paths]
+        missing = [row for row, score in enumerate(kept) if score is None]
         self._count(len(paths) - len(missing), len(missing))
         if missing:
             part = {name: tensor[missing] for name, tensor in rollout.items()}
             scored = self.teacher.score_and_count([utterances[row] for row in missing], part)[0]
             retokenised = self._retokenised([utterances[row] for row in missing], part)
             for index, row in enumerate(missing):
-                _keep_score(paths[row], scored, index, lengths[row], retokenised[index])
-        kept = [_read_score(path) for path in paths]
-        merged = merge_scores([[row] for row in range(len(paths))], [tensors for tensors, _ in kept])
+                kept[row] = _keep_score(paths[row], scored, index, lengths[row], retokenised[index])
+        found = [score for score in kept if score is not None]
+        merged = merge_scores([[row] for row in range(len(found))], [tensors for tensors, _ in found])
         merged = self._widened(merged, written)
         counts = {
             "positions": sum(lengths),
             "aligned": int(merged["aligned_mask_BT"].sum()),
             "responses": sum(length > 0 for length in lengths),
-            "retokenised": sum(retokenised for _, retokenised in kept),
+            "retokenised": sum(retokenised for _, retokenised in found),
         }
         return merged, counts
 
@@ -217,16 +222,23 @@ def _audio_identity(utterance: Utterance) -> list[Any]:
     ]
 
 
-def _keep_score(path: Path, scored: Tensors, index: int, length: int, retokenised: int) -> None:
-    """One row of a score, cut to its response and without the columns of the student's top-k."""
+def _keep_score(path: Path, scored: Tensors, index: int, length: int, retokenised: int) -> tuple[Tensors, int]:
+    """Keeps and returns one row of a score, cut to its response and without the columns of the student's top-k."""
     row = {name: tensor[index : index + 1, :length].contiguous() for name, tensor in scored.items()}
     row["candidate_logprobs_BTC"] = row["candidate_logprobs_BTC"][:, :, -NUM_EXTRA:].contiguous()
     _replace(path, lambda temp: save_file(row, temp, metadata={"retokenised": str(retokenised)}))
+    return row, retokenised
 
 
-def _read_score(path: Path) -> tuple[Tensors, int]:
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, int(file.metadata()["retokenised"])  # noqa: SIM118
+def _read_score(path: Path) -> tuple[Tensors, int] | None:
+    """A row and whether it was re-tokenised; None where it is not kept, or damaged."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, int(file.metadata()["retokenised"])  # noqa: SIM118
+    except (SafetensorError, KeyError, TypeError):
+        return None
 
 
 def _lengthened(tensor: torch.Tensor, length: int, fill: float) -> torch.Tensor:

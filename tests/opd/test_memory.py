@@ -149,6 +149,13 @@ def test_lengths_are_part_of_the_estimate() -> None:
     assert estimate(longer).student["rollout"]["KV cache"] > estimate(base).student["rollout"]["KV cache"]
 
 
+def test_the_teacher_scores_what_the_student_makes_of_a_token_budget() -> None:
+    base = load_config(["recipe=ark3b_one_gpu"])
+    by_tokens = dataclasses.replace(base, train=dataclasses.replace(base.train, micro_batch_tokens=40_000))
+    ((_, few), (_, many)) = (next(iter(estimate(config).teachers.items())) for config in (base, by_tokens))
+    assert many["scoring"]["activations"] > 2 * few["scoring"]["activations"]
+
+
 def test_a_model_of_unknown_size_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipe=tiny", "student.path=nobody/nothing"]) == 1
     assert "error: student.path=nobody/nothing: no folder with a config.json" in capsys.readouterr().err

@@ -39,6 +39,29 @@ def test_no_head_and_no_head_at_all(tmp_path: Path) -> None:
         CtcHead.load(tmp_path, 0, torch.device("cpu"))
 
 
+def test_a_head_of_another_model_is_refused(tmp_path: Path) -> None:
+    save_ctc_head(tmp_path, torch.zeros(4, 3), torch.zeros(4), torch.float16)
+    assert CtcHead.load(tmp_path, 0, torch.device("cpu"), (4, 3)) is not None
+    for shape in ((5, 3), (4, 2)):
+        with pytest.raises(ValueError, match=r"no CTC head of this model \(shapes \[4, 3\] and \[4\], the model has"):
+            CtcHead.load(tmp_path, 0, torch.device("cpu"), shape)
+
+
+def load_head(folder: Path) -> None:
+    """As a rank does at start."""
+    worker = StudentWorker.__new__(StudentWorker)  # without a Ray group around it
+    worker.config, worker.path, worker.pad_id = make_config(folder, "opd", rollout={"draft": "ctc"}), str(folder), 0
+    worker.engine = start(worker.config)
+    worker._load_ctc_head(worker.engine.model_config.vocab_size)
+
+
+def test_a_head_that_is_asked_for_must_be_there() -> None:
+    run_ranks(1, load_head, SEED)
+    without = SEED.with_name("tiny_student")
+    with pytest.raises(Exception, match=r"rollout\.draft=ctc: .*tiny_student has no ctc_head\.safetensors; start from"):
+        run_ranks(1, load_head, without)
+
+
 def rollouts(manifest: Path) -> list[tuple[list, int, int, int]]:
     """Without drafts and with what the encoder hears: ids, forwards, drafted and accepted tokens."""
     config = make_config(SEED, "opd")

@@ -49,6 +49,25 @@ def test_transcripts_are_kept(make_config: Callable, utterances: Batch, tmp_path
     assert (second.hits, second.misses) == (3, 3)
 
 
+def damage(folder: Path) -> list[Path]:
+    """Cuts every kept file short, as a loss of power may leave them: to nothing, to a part, to another thing."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for number, path in enumerate(files):
+        path.write_bytes([b"", path.read_bytes()[:20], b'{"other": 1}'][number % 3])
+    return files
+
+
+def test_a_damaged_transcript_counts_as_none(make_config: Callable, utterances: Batch, tmp_path: Path) -> None:
+    config = make_config("arkasr", cache_dir=str(tmp_path))
+    written = make_teacher(config, str(STUDENT)).transcribe(utterances[:3])
+    assert len(damage(tmp_path)) == 3
+    again = make_teacher(config, str(STUDENT))
+    assert again.transcribe(utterances[:3]) == written
+    assert (again.hits, again.misses) == (0, 3)
+    assert again.transcribe(utterances[:3]) == written
+    assert (again.hits, again.misses) == (3, 3), "they were written anew"
+
+
 def test_a_run_finds_what_its_teachers_have_written(utterances: Batch, tmp_path: Path) -> None:
     routed = [dataclasses.replace(u, extra={"room": str(i % 2)}) for i, u in enumerate(utterances)]
     values = {
@@ -93,10 +112,14 @@ def test_scores_of_fixed_texts_are_kept(make_config: Callable, utterances: Batch
                 value, wanted = value[..., -NUM_EXTRA:], wanted[..., -NUM_EXTRA:]
             torch.testing.assert_close(value[mask_BT], wanted[mask_BT], rtol=0, atol=1e-4)
     assert (kept.hits, kept.misses) == (2 + 4, 2 + 2)
+    assert len(damage(tmp_path)) == 4
+    mended = kept.score(utterances, rollout)
+    assert (kept.hits, kept.misses) == (6, 4 + 4), "damaged files count as none"
+    torch.testing.assert_close(mended["entropy_BT"][mask_BT], expected["entropy_BT"][mask_BT], rtol=0, atol=1e-4)
     changed = dict(rollout) | {"response_ids_BT": rollout["response_ids_BT"].clone()}
     changed["response_ids_BT"][0, 0] += 1
     kept.score(utterances, changed)
-    assert (kept.hits, kept.misses) == (6 + 3, 4 + 1), "another text is another score"
+    assert (kept.hits, kept.misses) == (6 + 3, 8 + 1), "another text is another score"
 
 
 def test_under_the_union_nothing_is_kept(make_config: Callable, tmp_path: Path) -> None:
