@@ -167,6 +167,26 @@ def test_export_under_lora_is_the_trained_model(
     assert difference < 1e-5
 
 
+def rounding_error(config: Config, manifest: Path) -> float:
+    """How far the weights after `round_weights` are from the rounded ones before it, relative to each tensor's largest."""
+    engine = start(config, LayeredEngine)
+    sft_step(engine, manifest, 4)
+    before = engine.full_state_dict()
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    engine.round_weights("bfloat16")
+    after = engine.full_state_dict()
+    assert after.keys() == before.keys()
+    errors = [
+        float((after[n] - t.bfloat16().float()).abs().max() / t.abs().max()) for n, t in before.items() if t.any()
+    ]
+    return max(errors, default=0.0)
+
+
+def test_weights_of_several_ranks_are_rounded_under_lora(tiny_dir: Path, speech: dict[str, Path]) -> None:
+    config = make_config(tiny_dir, lora=LORA, loss={"ctc_weight": 0.0}, optim={"lr": 1e-2})
+    assert run_ranks(2, rounding_error, config, speech["train"])[0] <= 2**-8
+
+
 def test_resumption_under_lora_is_bit_equal(tiny_dir: Path, speech: dict[str, Path], tmp_path: Path) -> None:
     config = make_config(tiny_dir, lora=LORA, optim={"offload": True})
     unbroken = run_ranks(2, lora_steps, config, speech["train"], tmp_path / "none", (0, 4))[0]
