@@ -35,6 +35,7 @@ from opd.evaluate import utterance_errors
 from opd.resolve import with_run_dir
 from opd.schema import Config
 from opd.tables import print_comparison
+from opd.text import scored_language
 
 KEYS = ("seeds", "eval_set", "base_arm", "equal_cpu", "arms", "settings")
 EQUAL_CPU = "-equal-cpu"
@@ -174,7 +175,8 @@ def _errors(summaries: Sequence[dict[str, Any]], eval_set: str, normaliser: str)
         texts = {row["id"]: row["pred_text"] for row in map(json.loads, filter(None, lines))}
         for utterance in open_manifest(summary["eval_manifests"][eval_set], require_text=True):
             if utterance.id in texts:
-                one = utterance_errors(str(utterance.text), texts[utterance.id], utterance.language, normaliser)
+                language = scored_language(utterance.language)
+                one = utterance_errors(str(utterance.text), texts[utterance.id], language, normaliser)
                 errors, words = counts.get(utterance.id, (0, 0))
                 counts[utterance.id] = (errors + one.wer_errors, words + one.ref_words)
     return counts

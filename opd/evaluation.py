@@ -10,6 +10,7 @@ from data.index import open_manifest
 from opd.evaluate import sample_table, score_transcripts, write_transcripts
 from opd.metrics import MetricsLog
 from opd.schema import Config
+from opd.text import scored_language
 from opd.types import Batch
 
 Transcribe = Callable[[Batch], list[str | None]]
@@ -35,7 +36,7 @@ class Evaluation:
             pairs = [(u, text) for u, text in zip(utterances, texts, strict=True) if text is not None]
             if not pairs:
                 raise ValueError(f"evaluation set {name}: none of its {len(utterances)} utterances could be read")
-            ids, languages = [u.id for u, _ in pairs], [u.language for u, _ in pairs]
+            ids, languages = [u.id for u, _ in pairs], [scored_language(u.language) for u, _ in pairs]
             references, hypotheses = [str(u.text) for u, _ in pairs], [text for _, text in pairs]
             rules, num_samples = self.config.normaliser, self.config.num_samples
             result = score_transcripts(references, hypotheses, languages, rules)
@@ -45,6 +46,11 @@ class Evaluation:
                 samples = sample_table(ids, references, hypotheses, languages, num_samples, normaliser=rules)
                 log.log_eval(step, name, result, samples)
         return results
+
+    def languages(self) -> list[str]:
+        """Codes of the sets' languages, those that are not known left out."""
+        found = {scored_language(u.language) for utterances in self.sets.values() for u in utterances}
+        return sorted(language for language in found if language)
 
     def write_transcripts(self, folder: Path) -> None:
         """transcripts-<set>.jsonl of the last evaluation."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from data.feed import Feed
 from opd.evaluate import utterance_errors
+from opd.text import scored_language
 from opd.types import Batch, TeacherTranscript, Utterance
 
 MAX_DRAWN = 100_000  # utterances of a stream, of which not one passes
@@ -59,5 +60,6 @@ class TeacherGate:
     def _wer(self, utterance: Utterance, transcript: TeacherTranscript) -> float:
         if transcript.error is not None:
             return 0.0  # nothing was heard: what becomes of bad audio is data.on_bad_audio's
-        errors = utterance_errors(str(utterance.text), transcript.text, utterance.language, self.normaliser)
+        language = scored_language(utterance.language)
+        errors = utterance_errors(str(utterance.text), transcript.text, language, self.normaliser)
         return errors.wer_errors / max(1, errors.ref_words)

@@ -33,6 +33,7 @@ from opd.teacher_data import TeacherData
 from opd.teachers.cache import KeptTexts
 from opd.teachers.environment import check_environments
 from opd.teachers.routing import Router
+from opd.text import scored_language
 from opd.training_data import TrainingData
 from opd.types import Batch
 from opd.workers import Workers
@@ -223,7 +224,7 @@ class Run:
         pairs = zip(batch, rollout.texts, strict=True)
         known = [(u, text) for u, text in pairs if u.text is not None and u.id not in bad_ids]
         if known and self.config.rollout.source == "student":
-            references, languages = [str(u.text) for u, _ in known], [u.language for u, _ in known]
+            references, languages = [str(u.text) for u, _ in known], [scored_language(u.language) for u, _ in known]
             texts = [text for _, text in known]
             metrics["rollout/wer"] = score_transcripts(references, texts, languages, self.config.eval.normaliser).wer
         self._log(step, metrics)
@@ -373,7 +374,7 @@ class Run:
             "eval_manifests": config.data.eval_manifests,
             "train_texts": self.data.num_texts(),
             "export_dir": str(export_dir),
-            "languages": sorted({u.language for s in self.evaluate.sets.values() for u in s if u.language}),
+            "languages": self.evaluate.languages(),
         }  # fmt: skip
         if config.stage == "td":
             summary["teacher_data"] = self.teacher_data.counts()

@@ -21,6 +21,7 @@ from data.manifest import write_manifest
 from opd.checkpoint import atomic_write_text
 from opd.evaluate import utterance_errors
 from opd.schema import TdConfig
+from opd.text import scored_language
 from opd.types import Batch, TeacherTranscript, Utterance
 
 REASONS = ("bad_audio", "empty", "unfinished", "looped", "low_logprob", "too_fast", "too_slow", "wrong")
@@ -111,7 +112,8 @@ class TeacherData:
         if rate < config.min_chars_per_second:
             return "too_slow"
         if config.max_wer is not None and utterance.text is not None:
-            errors = utterance_errors(utterance.text, transcript.text, utterance.language, self.normaliser)
+            language = scored_language(utterance.language)
+            errors = utterance_errors(utterance.text, transcript.text, language, self.normaliser)
             if errors.wer_errors > config.max_wer * max(1, errors.ref_words):
                 return "wrong"
         return None

@@ -94,6 +94,14 @@ def clean_transcript(text: str) -> str:
     return " ".join(text.split()).lstrip(_LEADING_PUNCTUATION)
 
 
+def scored_language(name_or_iso: str | None) -> str | None:
+    """The language if there are rules for it, else None: a run goes on in any language, compared by `opd-basic-1`."""
+    try:
+        return None if name_or_iso is None else resolve_language(name_or_iso).iso
+    except ValueError:
+        return None
+
+
 @lru_cache(maxsize=1 << 15)  # an evaluation asks twice for each text, and every evaluation for the same references
 def normalise_for_scoring(text: str, language: str | None = None, normaliser: str = AUTO) -> str:
     """Text as it is compared, single spaces between words.

@@ -15,6 +15,7 @@ from opd.evaluation import Evaluation
 from opd.resolve import resolve
 from opd.schema import Config
 from opd.teachers.routing import Router
+from opd.text import scored_language
 from opd.training_data import TrainingData
 from opd.types import Utterance
 
@@ -118,15 +119,22 @@ def check_eval_manifests(examined: Examined) -> Finding | str | None:
     return "; ".join(said)
 
 
-def check_languages(examined: Examined) -> str | None:
-    """Each utterance has a teacher, which can be told its language."""
-    if not examined.with_teacher:
-        return None
-    assert examined.data is not None, "the training set was opened"
-    router = Router(examined.config)
-    examined.data.check_routes(router, is_new=True)
-    examined.data.check_streamed(router, examined.good)
-    if examined.config.stage == "opd" and examined.config.eval.teacher:
-        router.check([u for utterances in examined.eval_sets.values() for u in utterances])
-    found = {u.language or "none given" for u in examined.good}
-    return f"each utterance has a teacher that takes its language; in the sample: {', '.join(sorted(found))}"
+def check_languages(examined: Examined) -> Finding | str | None:
+    """Each utterance has a teacher, which can be told its language; and there are rules to compare its transcripts by."""
+    of_sets = [u for utterances in examined.eval_sets.values() for u in utterances]
+    said = None
+    if examined.with_teacher:
+        assert examined.data is not None, "the training set was opened"
+        router = Router(examined.config)
+        examined.data.check_routes(router, is_new=True)
+        examined.data.check_streamed(router, examined.good)
+        if examined.config.stage == "opd" and examined.config.eval.teacher:
+            router.check(of_sets)
+        found = {u.language or "none given" for u in examined.good}
+        said = f"each utterance has a teacher that takes its language; in the sample: {', '.join(sorted(found))}"
+    languages = {u.language for u in [*examined.good, *of_sets] if u.language}
+    unknown = sorted(language for language in languages if scored_language(language) is None)
+    if unknown:
+        said = f"no rules for {', '.join(unknown)}: such transcripts are compared by opd-basic-1"
+        return Finding("warning", said, "if it is a slip, mend `language` in the manifest or data.default_language")
+    return said

@@ -258,6 +258,19 @@ def test_a_language_that_the_teacher_does_not_know_is_named(speech: dict[str, Pa
     assert "data.default_language" in finding.fix
 
 
+def test_a_language_without_rules_is_a_warning(speech: dict[str, Path], tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in speech["train"].read_text().splitlines()]
+    rows[0]["language"] = "Klingon"
+    for row in rows:
+        row["audio"] = str(speech["train"].parent / row["audio"])
+    (tmp_path / "klingon.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = [f"data.eval_manifests={{held_out: {tmp_path / 'klingon.jsonl'}}}"]
+    looks = [manifests.check_train_manifest, manifests.check_eval_manifests, manifests.check_languages]
+    *_, finding = findings(looks, speech, tmp_path, *options)
+    assert finding.status == "warning"
+    assert finding.found == "no rules for Klingon: such transcripts are compared by opd-basic-1"
+
+
 def test_checkpoints_that_no_disk_can_hold_are_named(speech: dict[str, Path], tmp_path: Path) -> None:
     """A student of 10^13 parameters: only its config is read for its size."""
     shutil.copytree(ROOT / "seeds" / "tiny_student", tmp_path / "huge")

@@ -12,6 +12,7 @@ from opd.text import (
     normalise_for_scoring,
     normaliser_name,
     resolve_language,
+    scored_language,
 )
 
 ENGLISH = next(name for name in NORMALISERS if name.startswith("whisper-english-"))
@@ -123,6 +124,10 @@ def test_the_19_languages() -> None:
 )
 def test_resolve_language(iso: str, names: list[str]) -> None:
     assert {resolve_language(name).iso for name in names} == {iso}
+
+
+def test_a_run_compares_texts_of_any_language() -> None:
+    assert [scored_language(name) for name in ("German", "en-US", "Klingon", None)] == ["de", "en", None, None]
 
 
 def test_every_language_has_a_three_letter_code() -> None:
