@@ -40,7 +40,7 @@ def make_teacher(config: dict[str, Any], student_path: str) -> Teacher:
         return teacher
     from opd.teachers.cache import CachedTeacher
 
-    return CachedTeacher(teacher, config)
+    return CachedTeacher(teacher, config, student_path)
 
 
 def _of_kind(kind: str) -> Any:

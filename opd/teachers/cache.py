@@ -2,7 +2,8 @@
 
 One small file per utterance, written beside its place and renamed, so that any number of workers, runs and machines may
 share the folder. A name is the digest of all that the result depends on: the teacher's weights, its prompt and number
-type, the audio (path, segment, size and time of change), the text's ids and what of the score is asked for.
+type, the audio (path, segment, size and time of change), the text's ids, the student's vocabulary, in whose ids a score
+is written, and what of the score is asked for.
 """
 
 from __future__ import annotations
@@ -10,19 +11,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from data.sound import file_of
 from opd.support import NUM_EXTRA
 from opd.teachers.base import Teacher
+from opd.teachers.fingerprints import fingerprint, replace_file, vocabulary_digest
 from opd.teachers.merging import EMPTY, merge_scores
 from opd.teachers.routing import Router
 from opd.types import Batch, Rollout, TeacherTranscript, Utterance
@@ -31,9 +31,7 @@ if TYPE_CHECKING:
     from opd.schema import Config
 
 Tensors = dict[str, torch.Tensor]
-VERSION = 1  # of what is stored; raise it when scores or transcripts of the same inputs change
-WHOLE_BELOW = 64 << 20  # bytes; of larger weight files both ends and the size are read
-END = 1 << 20
+VERSION = 2  # of what is stored; raise it when scores or transcripts of the same inputs change
 
 
 class CacheFolder:
@@ -43,7 +41,8 @@ class CacheFolder:
         section, rollout = config["teacher"], config["rollout"]
         self.folder = Path(section["cache_dir"]).expanduser()
         told = {name: section[name] for name in ("kind", "language", "prompt", "dtype")}
-        self.identity = [VERSION, fingerprint(section["path"]), told, config["data"]["max_seconds"]]
+        weights = fingerprint(section["path"], self.folder / "weights")
+        self.identity = [VERSION, weights, told, config["data"]["max_seconds"]]
         self.decoding = {name: rollout[name] for name in ("max_new_tokens", "max_repeats")}
 
     def path(self, what: str, utterance: Utterance, asked: Any, suffix: str) -> Path:
@@ -94,7 +93,7 @@ class CachedTeacher:
     `loss.support=teacher`. Under the union it also has the teacher's view of the student's top-k, which every step changes.
     """
 
-    def __init__(self, teacher: Teacher, config: dict[str, Any]) -> None:
+    def __init__(self, teacher: Teacher, config: dict[str, Any], student_path: str) -> None:
         loss, rollout = config["loss"], config["rollout"]
         self.teacher, self.kept = teacher, CacheFolder(config)
         self.kept.folder.mkdir(parents=True, exist_ok=True)
@@ -102,6 +101,8 @@ class CachedTeacher:
             rollout["source"] == "manifest" and loss["support"] == "teacher" and loss["kind"] != "full_kl"
         )
         self.scoring = {name: loss[name] for name in ("top_k", "temperature")}
+        if self.keeps_scores:
+            self.scoring["vocabulary"] = vocabulary_digest(student_path)
         self.hits = self.misses = 0
 
     def facts(self) -> dict[str, Any]:
@@ -121,7 +122,7 @@ class CachedTeacher:
                 found[row] = transcript
                 if transcript.error is None:
                     path = self.kept.transcript_path(utterances[row])
-                    _replace(path, lambda temp, one=transcript: temp.write_text(json.dumps(asdict(one))))
+                    replace_file(path, lambda temp, one=transcript: temp.write_text(json.dumps(asdict(one))))
         return [found[row] for row in range(len(utterances))]
 
     # -- scores ------------------------------------------------------------------------------------------------------
@@ -179,34 +180,6 @@ class CachedTeacher:
         self.misses += misses
 
 
-def fingerprint(path: str) -> str:
-    """Digest of a model folder's files; of a Hub id, of the snapshot that was loaded."""
-    folder = Path(path)
-    if not folder.is_dir():
-        config = try_to_load_from_cache(path, "config.json")
-        if not isinstance(config, str):
-            return f"hub:{path}"
-        folder = Path(config).parent
-    digest = hashlib.sha256()
-    for file in sorted(entry for entry in folder.iterdir() if entry.is_file()):
-        if file.suffix not in (".md", ".py"):
-            digest.update(f"{file.name}:{file.stat().st_size}\n".encode())
-            for block in _blocks(file):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def _blocks(file: Path) -> Iterable[bytes]:
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        if size <= WHOLE_BELOW:
-            yield stream.read()
-        else:
-            yield stream.read(END)
-            stream.seek(-END, os.SEEK_END)
-            yield stream.read(END)
-
-
 def _audio_identity(utterance: Utterance) -> list[Any]:
     file = file_of(utterance.audio)
     try:
@@ -226,7 +199,7 @@ def _keep_score(path: Path, scored: Tensors, index: int, length: int, retokenise
     """Keeps and returns one row of a score, cut to its response and without the columns of the student's top-k."""
     row = {name: tensor[index : index + 1, :length].contiguous() for name, tensor in scored.items()}
     row["candidate_logprobs_BTC"] = row["candidate_logprobs_BTC"][:, :, -NUM_EXTRA:].contiguous()
-    _replace(path, lambda temp: save_file(row, temp, metadata={"retokenised": str(retokenised)}))
+    replace_file(path, lambda temp: save_file(row, temp, metadata={"retokenised": str(retokenised)}))
     return row, retokenised
 
 
@@ -245,11 +218,3 @@ def _lengthened(tensor: torch.Tensor, length: int, fill: float) -> torch.Tensor:
     """A (B, T, ...) tensor with `length` positions."""
     widths = [0, 0] * (tensor.dim() - 2) + [0, length - tensor.shape[1]]
     return torch.nn.functional.pad(tensor, widths, value=fill)
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Writes a file so that a reader sees all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f".{path.name}.{os.getpid()}")
-    write(temp)
-    os.replace(temp, path)

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_teachers import ARKASR, STUDENT
+from tiny_teachers import ARKASR, STUDENT, permute_vocabulary
 
 from data.manifest import read_manifest
 from opd.arkasr import load_model, load_processor
 from opd.config import config_from_dict
 from opd.rollout.forced import forced
 from opd.support import NUM_EXTRA
-from opd.teachers import make_teacher
-from opd.teachers.cache import CachedTeacher, KeptTexts, fingerprint
-from opd.types import Batch
+from opd.teachers import fingerprints, make_teacher
+from opd.teachers.cache import CachedTeacher, KeptTexts
+from opd.teachers.fingerprints import file_digest, fingerprint, replace_file
+from opd.types import Batch, Rollout
 from opd.vocab import blocked_mask
 
 
@@ -122,6 +125,34 @@ def test_scores_of_fixed_texts_are_kept(make_config: Callable, utterances: Batch
     assert (kept.hits, kept.misses) == (6 + 3, 8 + 1), "another text is another score"
 
 
+def test_a_student_with_other_ids_gets_scores_of_its_own(
+    make_config: Callable, utterances: Batch, tmp_path: Path
+) -> None:
+    """The same ids, which mean other tokens: of the first student's scores none may be taken for them."""
+    config = make_config("arkasr", cache_dir=str(tmp_path / "kept"), loss={"support": "teacher"})
+    config["rollout"]["source"] = "manifest"
+    other = permute_vocabulary(STUDENT, tmp_path / "other")
+    ids_BT = torch.tensor([load_processor(STUDENT).tokenizer(str(u.text))["input_ids"][:2] for u in utterances])
+    B, T = ids_BT.shape
+    rollout = Rollout(
+        response_ids_BT=ids_BT, response_mask_BT=torch.ones(B, T).bool(), topk_ids_BTK=torch.zeros(B, T, 2).long(),
+        logprobs_BT=torch.zeros(B, T), finished_B=torch.zeros(B).bool(), loop_start_B=torch.full((B,), T),
+        bad_audio_B=torch.zeros(B).bool(),
+    ).to_dict()  # fmt: skip
+    make_teacher(config, str(STUDENT)).score(utterances, rollout)
+    kept, plain = (
+        make_teacher(config | {"teacher": config["teacher"] | {"cache_dir": folder}}, str(other))
+        for folder in (config["teacher"]["cache_dir"], None)
+    )
+    found, expected = kept.score(utterances, rollout), plain.score(utterances, rollout)
+    assert (kept.hits, kept.misses) == (0, len(utterances))
+    assert torch.equal(found["topk_ids_BTK"], expected["topk_ids_BTK"])
+    texts = kept.transcribe(utterances)
+    again = make_teacher(config, str(STUDENT))
+    assert again.transcribe(utterances) == texts
+    assert again.hits == len(utterances), "transcripts are those of any student"
+
+
 def test_under_the_union_nothing_is_kept(make_config: Callable, tmp_path: Path) -> None:
     config = make_config("arkasr", cache_dir=str(tmp_path))
     config["rollout"]["source"] = "manifest"
@@ -137,3 +168,50 @@ def test_a_fingerprint_is_of_the_weights_not_of_the_place(tmp_path: Path) -> Non
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     assert fingerprint(str(copy)) != fingerprint(str(ARKASR))
     assert fingerprint("owner/not-here") == "hub:owner/not-here"
+
+
+def test_a_fingerprint_reads_whole_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two checkpoints of one size that differ somewhere in the middle only; their digests are kept for the next run."""
+    monkeypatch.setattr(fingerprints, "LARGE", 1 << 20)
+    content = bytearray(3 << 20)
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(content)
+        content[len(content) // 2] ^= 1
+    kept_in = tmp_path / "kept"
+    first = [fingerprint(str(folder), kept_in) for folder in folders]
+    assert len(set(first)) == 2
+    fingerprints._digest.cache_clear()  # another process
+    assert len(kept := list(kept_in.iterdir())) == 2
+    assert [fingerprint(str(folder), kept_in) for folder in folders] == first
+    fingerprints._digest.cache_clear()
+    for path in kept:
+        path.write_text("cut off")
+    assert [fingerprint(str(folder), kept_in) for folder in folders] == first, "a damaged digest counts as none"
+
+
+def test_a_digest_is_read_again_when_its_file_changes(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"one")
+    before, mtime_ns = file_digest(file), file.stat().st_mtime_ns
+    time.sleep(0.02)  # the clock of a file system ticks in milliseconds
+    file.write_bytes(b"two")
+    os.utime(file, ns=(mtime_ns, mtime_ns))
+    assert file_digest(file) != before
+
+
+def test_writers_of_one_place_do_not_share_a_temporary_file(tmp_path: Path) -> None:
+    """Two containers may both have a process of the same number."""
+    seen = []
+
+    def write(temp: Path) -> None:
+        seen.append(temp)
+        temp.write_text("inner")
+        if len(seen) == 1:
+            replace_file(tmp_path / "kept", write)
+            assert temp.read_text() == "inner"
+
+    replace_file(tmp_path / "kept", write)
+    assert len(set(seen)) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
