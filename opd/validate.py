@@ -217,6 +217,19 @@ def _validate_teachers(teacher: TeacherConfig, stage: str) -> None:
         if not isinstance(one.language, str):
             raise ValueError(f"{where}.language={one.language}: manifest, auto, or a language (in quotes)")
         _validate_prompt(one, where)
+        if one.language not in ("manifest", "auto"):
+            _validate_language(one, where)
+
+
+def _validate_language(teacher: TeacherConfig, where: str) -> None:
+    """A language for all utterances, which somebody must hear of."""
+    from opd.teachers.languages import takes_language  # here, because it brings torch
+
+    if not takes_language(vars(teacher)):
+        nobody = "this prompt names no language" if teacher.kind == "hf" else f"kind {teacher.kind} is told no language"
+        raise ValueError(
+            f"{where}.language={teacher.language}: {nobody}, so this would change nothing; set {where}.language=manifest"
+        )
 
 
 def _validate_prompt(teacher: TeacherConfig, where: str) -> None:
@@ -237,6 +250,11 @@ def _validate_prompt(teacher: TeacherConfig, where: str) -> None:
         raise ValueError(f"{where}.prompt.{forms[0]}: must be a {PROMPT_FORMS[forms[0]].__name__}")
     if forms[0] == "text" and value.count("{audio}") != 1:
         raise ValueError(f"{where}.prompt.text: must have the placeholder {{audio}} once, where the audio stands")
+    if forms[0] == "chat" and (count := _count_audio(value)) != 1:
+        raise ValueError(
+            f"{where}.prompt.chat: must have the audio once, as a part {{type: audio}} of a message's content or as {{audio}} "
+            f"in its text; it has it {count} times"
+        )
     if (
         forms[0] != "transcription"
         and teacher.language == "auto"
@@ -245,6 +263,15 @@ def _validate_prompt(teacher: TeacherConfig, where: str) -> None:
         raise ValueError(
             f"{where}.language=auto: this prompt names the language; leave {{language}} and {{iso}} out of {where}.prompt"
         )
+
+
+def _count_audio(chat: Any) -> int:
+    """How often the audio stands in a chat: parts of type audio, and placeholders in texts."""
+    if isinstance(chat, dict):
+        return int(chat.get("type") == "audio") + sum(_count_audio(value) for value in chat.values())
+    if isinstance(chat, list):
+        return sum(map(_count_audio, chat))
+    return chat.count("{audio}") if isinstance(chat, str) else 0
 
 
 def _validate_division(config: Config) -> None:

@@ -33,12 +33,17 @@ def known_languages(section: Mapping[str, Any]) -> dict[str, str] | None:
 
     Raises ValueError for a language in teacher.prompt.languages that has no known name.
     """
+    if not takes_language(section):
+        return None
     if section["kind"] == "qwen3_asr":
         return QWEN3_ASR_LANGUAGES
-    if section["kind"] == "hf" and names_language(section["prompt"]):
-        own = section["prompt"].get("languages")
-        return EVERY_LANGUAGE if own is None else dict(find_language(str(name), EVERY_LANGUAGE) for name in own)
-    return None
+    own = section["prompt"].get("languages")
+    return EVERY_LANGUAGE if own is None else dict(find_language(str(name), EVERY_LANGUAGE) for name in own)
+
+
+def takes_language(section: Mapping[str, Any]) -> bool:
+    """Whether a teacher (the `teacher` section of a config) is told a language at all."""
+    return section["kind"] == "qwen3_asr" or (section["kind"] == "hf" and names_language(section["prompt"]))
 
 
 def names_language(prompt: Any) -> bool:

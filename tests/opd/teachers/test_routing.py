@@ -89,7 +89,12 @@ def test_a_language_is_a_name_a_code_or_a_code_with_a_region(name: str) -> None:
         (["teacher.kind=hf", "teacher.prompt={text: '{audio}', tex: b}"], "has text, tex"),
         (["teacher.kind=hf", "teacher.prompt={text: hello}"], "must have the placeholder {audio} once"),
         (["teacher.kind=hf", "teacher.prompt={chat: hello}"], "teacher.prompt.chat: must be a list"),
+        (["teacher.kind=hf", "teacher.prompt={chat: [{role: user, content: [{type: text, text: Write}]}]}"], "0 times"),
+        (["teacher.kind=hf", "teacher.prompt={chat: [{content: '{audio}'}, {content: [{type: audio}]}]}"], "2 times"),
         (["teacher.kind=hf", "teacher.prompt={text: '{audio}{iso}'}", "teacher.language=auto"], "names the language"),
+        (["teacher.language=Klingon"], "teacher.language=Klingon: kind arkasr is told no language.*=manifest"),
+        (["teacher.routes={a: {language: de}}"], "teacher.routes.a.language=de: kind arkasr is told no language"),
+        (["teacher.kind=hf", "teacher.prompt={text: '{audio}'}", "teacher.language=en"], "this prompt names no language"),
         (["teacher.prompt={text: '{audio}'}"], "kind arkasr has its own prompt"),
         (["teacher.routes={a: {kinds: hf}}"], "teacher.routes.a: unknown key kinds; a route has .*kind"),
         (["teacher.routes={a: {match: en}}"], "teacher.routes.a: a route is a mapping"),
@@ -104,6 +109,18 @@ def test_wrong_teacher_keys_are_one_line(overrides: list[str], message: str) -> 
     with pytest.raises(ValueError, match=message) as caught:
         config(*overrides)
     assert "\n" not in str(caught.value)
+
+
+def test_prompts_and_languages_that_fit_are_taken() -> None:
+    chats = [
+        "[{role: user, content: [{type: audio}, {type: text, text: Write}]}]",
+        "[{role: user, content: '{audio} Write'}]",
+    ]
+    for chat in chats:
+        config("teacher.kind=hf", f"teacher.prompt={{chat: {chat}}}", "teacher.language=auto")
+    config("teacher.kind=hf", "teacher.prompt={transcription: {language: '{iso}'}}", "teacher.language=de")
+    config("teacher.kind=qwen3_asr", "teacher.language=de")
+    config("teacher.language=auto")
 
 
 def test_a_route_alone_needs_no_teacher_path() -> None:
