@@ -71,7 +71,7 @@ def vocabulary_digest(student_path: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+def replace_file(path: Path, write: Callable[..., Any]) -> None:
     """Writes a file so that a reader sees all of it or nothing. Writers may be in any number of machines and containers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
