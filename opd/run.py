@@ -82,7 +82,8 @@ class Run:
         self.evaluate = Evaluation(config)
         self.router = Router(config) if config.stage != "sft" else None
         if self.router is not None:
-            self.data.check_routes(self.router, is_new=not self.step)
+            for warning in self.data.check_routes(self.router, is_new=not self.step):
+                print(f"warning: {warning}")
             if config.stage == "opd" and config.eval.teacher:
                 self.router.check([u for utterances in self.evaluate.sets.values() for u in utterances])
         if config.stage == "td":
@@ -217,7 +218,9 @@ class Run:
         batch, rollout = scored.batch, scored.rollout
         metrics = opd_metrics(sums, rollout.sums, len(batch), scored.coverage)
         metrics |= {"rollout/staleness": scored.staleness, "time/data": rollout.waited_s}
-        metrics["teacher/halved"] = self.teacher.counts["halved"]
+        counts = self.teacher.counts
+        metrics["teacher/halved"] = counts["halved"]
+        metrics["align/retokenised_share"] = counts["retokenised"] / max(1, counts["responses"])
         if self.gate is not None:
             metrics["gate/left_out_share"] = self.gate.num_left_out / max(1, self.gate.num_checked)
         bad_ids = self.bad_audio.note(step, rollout.bad, len(batch))

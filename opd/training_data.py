@@ -59,18 +59,28 @@ class TrainingData:
         """How many utterances have a `text`; those of streams are not counted."""
         return sum(facts_of(utterances).num_texts for utterances in self.sources.values())
 
-    def check_routes(self, router: Router, *, is_new: bool) -> None:
-        """Raises ValueError for an utterance without a teacher, or whose language its teacher cannot be told.
+    def check_routes(self, router: Router, *, is_new: bool) -> list[str]:
+        """A sentence for each route whose match takes no utterance, where all lines were looked at and there is no stream.
 
-        By one utterance of each language, which an index knows. Where routes look at other fields it takes all lines:
-        for a new run only (is_new), since one that goes on has passed this with the same lines and routes.
+        Raises ValueError for an utterance without a teacher, or whose language its teacher cannot be told. It looks at one
+        utterance of each language, which an index knows. Where routes look at other fields it takes all lines: for a new
+        run only (is_new), since one that goes on has passed this with the same lines and routes.
         """
         by_language_alone = all(match.keys() <= {"language"} for match in router.matches.values())
+        taken: set[str] = set()
         for utterances in self.sources.values():
             if by_language_alone:
-                router.check([utterances[position] for _, position in facts_of(utterances).languages])
+                taken |= router.check([utterances[position] for _, position in facts_of(utterances).languages])
             elif is_new:
-                router.check(utterances)
+                taken |= router.check(utterances)
+        if self._streams or not is_new:
+            return []
+        idle = [name for name, match in router.matches.items() if match and name not in taken]
+        return [
+            f"teacher.routes.{name} has no utterance to score: no line of the training manifest has "
+            f"{' and '.join(f'{field}: {values}' for field, values in router.matches[name].items())}, or an earlier route takes it"
+            for name in idle
+        ]
 
     def check_streamed(self, router: Router, batch: Batch) -> None:
         """As `check_routes`, for a batch of which some may come from a stream: that cannot be looked through before."""

@@ -116,6 +116,7 @@ def test_a_run_ends_with_summary_table_export_and_metrics(
             assert math.isfinite(line[name]), name
         assert 32 <= line["support/vuss"] <= 66
         assert line["align/coverage"] == 1.0
+        assert line["align/retokenised_share"] == 0.0
         assert line["rollout/forwards"] <= line["rollout/tokens"]
     for text in (run_dir / "metrics.jsonl").read_text().splitlines():  # `metrics` leaves times out
         line = json.loads(text)

@@ -126,12 +126,14 @@ def check_languages(examined: Examined) -> Finding | str | None:
     if examined.with_teacher:
         assert examined.data is not None, "the training set was opened"
         router = Router(examined.config)
-        examined.data.check_routes(router, is_new=True)
+        idle = examined.data.check_routes(router, is_new=True)
         examined.data.check_streamed(router, examined.good)
         if examined.config.stage == "opd" and examined.config.eval.teacher:
             router.check(of_sets)
         found = {u.language or "none given" for u in examined.good}
         said = f"each utterance has a teacher that takes its language; in the sample: {', '.join(sorted(found))}"
+        if idle:
+            return Finding("warning", "; ".join(idle), "correct the route's match, or leave the route out")
     languages = {u.language for u in [*examined.good, *of_sets] if u.language}
     unknown = sorted(language for language in languages if scored_language(language) is None)
     if unknown:

@@ -1,4 +1,8 @@
-"""Which teacher an utterance goes to, where a recipe has several."""
+"""Which teacher an utterance goes to, where a recipe has several.
+
+A route's match names fields of a manifest's line: those that every line has (`task`, `audio`, ...; `language` by any of
+its names) or any other. Values are compared as they are written: `0` of a recipe and `"0"` of a manifest are the same.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,9 @@ from opd.types import Utterance
 
 if TYPE_CHECKING:
     from opd.schema import Config
+
+
+OWN_FIELDS = {field.name for field in dataclasses.fields(Utterance)} - {"extra"}
 
 
 class Router:
@@ -36,11 +43,15 @@ class Router:
                 rows[name] = members
         return rows
 
-    def check(self, utterances: Sequence[Utterance]) -> None:
-        """Raises ValueError for an utterance without a teacher, or whose language its teacher cannot be told."""
+    def check(self, utterances: Sequence[Utterance]) -> set[str]:
+        """Names of the teachers that have an utterance among these.
+
+        Raises ValueError for an utterance without a teacher, or whose language its teacher cannot be told.
+        """
         sections = {name: dataclasses.asdict(teacher) for name, teacher in self.teachers.items()}
         known = {name: known_languages(section) for name, section in sections.items()}
         checked: set[tuple[str, str | None]] = set()
+        found: set[str] = set()
         for utterance in utterances:
             name = self.route(utterance)
             if name is None:
@@ -48,6 +59,7 @@ class Router:
                     f"utterance {utterance.id!r} (language {utterance.language}) has no teacher: none of teacher.routes "
                     f"({', '.join(self.teachers)}) matches it; add a route, one without `match` takes all that is left"
                 )
+            found.add(name)
             languages = known[name]
             if languages is not None and (name, utterance.language) not in checked:
                 checked.add((name, utterance.language))
@@ -55,18 +67,33 @@ class Router:
                     language_of(utterance, sections[name], languages)
                 except ValueError as error:
                     raise ValueError(f"teacher.routes.{name}: {error}" if name else str(error)) from error
+        return found
 
 
 def _matches(utterance: Utterance, match: Mapping[str, Any]) -> bool:
     """Whether an utterance has, for each field of the match, one of its values."""
     for field, wanted in match.items():
-        values = wanted if isinstance(wanted, list | tuple) else [wanted]
+        values = list(wanted) if isinstance(wanted, list | tuple) else [wanted]
         if field == "language":
             if utterance.language is None or _language(utterance.language) not in {_language(str(v)) for v in values}:
                 return False
-        elif utterance.extra.get(field) not in values:
+        elif _written(_value(utterance, field)) not in map(_written, values):
             return False
     return True
+
+
+def _value(utterance: Utterance, field: str) -> Any:
+    """A field of the utterance's line; None where it has none."""
+    return getattr(utterance, field) if field in OWN_FIELDS else utterance.extra.get(field)
+
+
+def _written(value: Any) -> str | None:
+    """A value as text: 0, 0.0 and "0" are one; so are true and "true"."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return None if value is None else str(value)
 
 
 @cache

@@ -258,6 +258,13 @@ def test_a_language_that_the_teacher_does_not_know_is_named(speech: dict[str, Pa
     assert "data.default_language" in finding.fix
 
 
+def test_a_route_that_takes_no_line_is_a_warning(speech: dict[str, Path], tmp_path: Path) -> None:
+    options = ["teacher.routes={calls: {match: {task: call}}, rest: {}}"]
+    *_, finding = findings([manifests.check_train_manifest, manifests.check_languages], speech, tmp_path, *options)
+    assert finding.status == "warning"
+    assert finding.found.startswith("teacher.routes.calls has no utterance to score")
+
+
 def test_a_language_without_rules_is_a_warning(speech: dict[str, Path], tmp_path: Path) -> None:
     rows = [json.loads(line) for line in speech["train"].read_text().splitlines()]
     rows[0]["language"] = "Klingon"

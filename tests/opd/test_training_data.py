@@ -96,6 +96,20 @@ def test_other_fields_are_checked_in_all_lines_when_a_run_begins(tmp_path: Path,
     TrainingData(plan).check_routes(Router(plan), is_new=False)  # a run that goes on was checked when it began
 
 
+@pytest.mark.parametrize("overrides", ["domain: [web, 0]", "language: fr"])
+def test_a_route_that_takes_no_line_is_named_when_a_run_begins(tmp_path: Path, overrides: str) -> None:
+    plan = config(write(tmp_path), f"teacher.routes={{one: {{match: {{{overrides}}}}}, rest: {{}}}}")
+    data = TrainingData(plan)
+    (warning,) = data.check_routes(Router(plan), is_new=True)
+    assert warning.startswith("teacher.routes.one has no utterance to score: no line of the training manifest has ")
+    assert overrides.partition(":")[0] in warning and "\n" not in warning
+    assert data.check_routes(Router(plan), is_new=False) == []
+    plan = config(
+        write(tmp_path, domain=0, language="fr"), f"teacher.routes={{one: {{match: {{{overrides}}}}}, rest: {{}}}}"
+    )
+    assert TrainingData(plan).check_routes(Router(plan), is_new=True) == []
+
+
 def test_several_sources_and_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
     columns = {"audio": [b"some sound", b"other sound"], "id": ["a", "b"], "locale": ["en", "fr"]}

@@ -39,6 +39,28 @@ def test_routes_take_utterances_in_their_order() -> None:
     assert Router(config()).split(batch) == {"": [0, 1, 2, 3, 4, 5]}
 
 
+@pytest.mark.parametrize(
+    ("match", "taken"),
+    [
+        ("{task: asr}", ["a", "b", "c", "d"]),
+        ("{room: 0}", ["a", "b"]),
+        ("{room: '1'}", ["c"]),
+        ("{clean: true}", ["a", "d"]),
+        ("{room: null}", ["d"]),
+        ("{id: [a, c], task: asr}", ["a", "c"]),
+        ("{room: None}", []),
+    ],
+)
+def test_a_match_is_of_any_field_and_compares_what_is_written(match: str, taken: list[str]) -> None:
+    router = Router(config(f"teacher.routes={{chosen: {{match: {match}}}, rest: {{}}}}"))
+    batch = [
+        utterance("a", room="0", clean=True), utterance("b", room=0, clean=False), utterance("c", room=1.0, clean=None),
+        utterance("d", clean="true"),
+    ]  # fmt: skip
+    assert [u.id for u in batch if router.route(u) == "chosen"] == taken
+    assert router.check(batch) == {name for name, used in (("chosen", taken), ("rest", len(taken) < 4)) if used}
+
+
 def test_an_utterance_without_a_teacher_is_refused() -> None:
     router = Router(config(TWO.replace(", rest: {}", "")))
     router.check([utterance("a", "Chinese"), utterance("b", domain="call")])

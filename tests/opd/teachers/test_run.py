@@ -57,6 +57,7 @@ def test_two_teachers_in_two_environments_share_a_batch(
     for line in steps:
         assert all(math.isfinite(value) for value in line.values())
         assert 0.9 <= line["align/coverage"] <= 1
+        assert 0 <= line["align/retokenised_share"] <= 1
         assert line["loss/kl"] > 0.1, "a random teacher does not agree with the student"
     assert len(json.loads((run_dir / "workers.json").read_text())["teacher"]) == 3
     summary = json.loads((run_dir / "summary.json").read_text())
@@ -127,5 +128,6 @@ def test_qwen3_asr_teaches_from_its_own_environment(speech: dict[str, Path], tmp
     for line in steps_of(run_dir):
         assert all(math.isfinite(value) for value in line.values())
         assert line["align/coverage"] > 0.95
+        assert 0 <= line["align/retokenised_share"] <= 1
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["eval"]["held_out"]["teacher"]["wer"] < 0.2
