@@ -83,9 +83,19 @@ def probe(path: str, shown: str) -> dict[str, str | None]:
     command = [path, "-I", "-c", "from __future__ import annotations\n" + code]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False)
-        return json.loads(done.stdout)
-    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{where}: is no Python that can be run ({' '.join(str(error).split())}); {FIX}") from error
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(f"{where}: {path} did not answer within {PROBE_TIMEOUT_S:g} s; {FIX}") from error
+    try:
+        versions = json.loads(done.stdout) if done.returncode == 0 else None
+    except ValueError:
+        versions = None
+    if not isinstance(versions, dict):
+        said = (done.stderr.strip().splitlines() or ["nothing on its stderr"])[-1].strip()
+        ended = f"it ended with exit status {done.returncode}: {said}"
+        raise ValueError(f"{where}: {path} is no Python that can be run ({ended}); {FIX}")
+    return versions
 
 
 def compare(theirs: dict[str, Any], own: dict[str, Any], where: str) -> None:

@@ -71,6 +71,24 @@ def test_what_does_not_fit_is_said_in_one_line(environment: Path, tmp_path: Path
         check(tmp_path / "python")
 
 
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("exit 1", "ended with exit status 1: nothing on its stderr"),
+        ("echo first >&2; echo no module named encodings >&2; exit 3", "exit status 3: no module named encodings"),
+        ("echo hello", "exit status 0: nothing on its stderr"),
+    ],
+)
+def test_an_interpreter_that_cannot_be_run_is_named_with_what_it_said(script: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "python"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    with pytest.raises(
+        ValueError, match=rf"python_path={path}: {path} is no Python .*{said}\); run `make teacher-env`"
+    ):
+        check(path)
+
+
 def test_each_route_has_its_environment_looked_at(environment: Path) -> None:
     install(environment, {})
     routes = f"teacher.routes={{a: {{}}, b: {{python_path: {environment / 'bin' / 'python'}}}}}"
