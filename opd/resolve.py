@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import time
@@ -12,9 +13,10 @@ from typing import Any
 
 from data.sound import HUGGINGFACE_PREFIX
 from opd.config import PROJECT_ROOT, SYNTHETIC_PREFIX, resolve_path
-from opd.schema import Config
+from opd.schema import Config, TeacherConfig
 
 RECORDINGS_PREFIX = "recordings:"
+OWN_KINDS = ("arkasr", "qwen3_asr")  # teacher.kind of models that have one of their own; it is their model_type
 STAGE_PREFIX = "stage:"  # in a ladder or a comparison: what another stage of the same made
 
 
@@ -30,8 +32,8 @@ def resolve(config: Config) -> Config:
     student, teacher, data = config.student, config.teacher, config.data
     if student.path:
         student = dataclasses.replace(student, path=resolve_model("student.path", student.path, run_dir))
-    if teacher.path and config.stage != "sft":
-        teacher = dataclasses.replace(teacher, path=resolve_model("teacher.path", teacher.path, run_dir))
+    if config.stage != "sft":
+        teacher = resolve_teachers(teacher, run_dir)
     if data.train_manifest and data.train_manifest.startswith(STAGE_PREFIX):
         data = dataclasses.replace(data, train_manifest=_stage_manifest(data.train_manifest, run_dir))
     several = {name: str(source["path"]) for name, source in data.train_manifests.items()}
@@ -157,3 +159,48 @@ def resolve_model(key: str, path: str, run_dir: Path | None = None) -> str:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", path) is None:
         raise ValueError(f"{key}={path}: there is no such folder, and a Hub id is written owner/name")
     return path
+
+
+def resolve_teachers(teacher: TeacherConfig, run_dir: Path) -> TeacherConfig:
+    """The teacher section with absolute paths, those of its routes too. Raises ValueError as `resolve_teacher` does."""
+    paths = {name: resolve_teacher(name, one, run_dir) for name, one in teacher.by_route().items() if one.path}
+    if not teacher.routes:
+        return dataclasses.replace(teacher, path=paths.get(""))
+    routes = {
+        name: {**route, "path": paths[name]} if route.get("path") else route for name, route in teacher.routes.items()
+    }
+    shared = [paths[name] for name, route in routes.items() if "path" not in route and name in paths]
+    unused = teacher.path and resolve_path(teacher.path)
+    return dataclasses.replace(teacher, path=shared[0] if shared else unused, routes=routes)
+
+
+def resolve_teacher(name: str, teacher: TeacherConfig, run_dir: Path) -> str:
+    """Absolute folder of the teacher of a route ("" where there are none), or its Hub id.
+
+    Raises ValueError for a path that is no model, or one whose `model_type` is that of another kind.
+    """
+    where = f"teacher.routes.{name}" if name else "teacher"
+    path = resolve_model(f"{where}.path", str(teacher.path), run_dir)
+    if Path(path).is_dir():
+        _check_kind(where, path, teacher.kind)
+    return path
+
+
+def _check_kind(where: str, path: str, kind: str) -> None:
+    """A folder's config.json says which kind reads it. Qwen3-ASR may be `hf` too, under a prompt of the recipe."""
+    try:
+        model_type = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{where}.path={path}: its config.json names no model_type ({' '.join(str(error).split())}); fetch the "
+            "checkpoint again"
+        ) from error
+    fitting = model_type if model_type in OWN_KINDS else "hf"
+    if kind == fitting or (kind == "hf" and model_type != "arkasr"):
+        return
+    prompt = f" and give its {where}.prompt (opd/teachers/hf.py)" if fitting == "hf" else ""
+    without = f" without {where}.prompt" if kind == "hf" else ""
+    raise ValueError(
+        f"{where}.kind={kind}: {path} is no such model, its config.json says model_type {model_type}; set "
+        f"{where}.kind={fitting}{prompt}{without}, or another {where}.path"
+    )

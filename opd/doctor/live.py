@@ -19,7 +19,7 @@ from opd.doctor.cost import check_expected_memory, check_memory, check_time
 from opd.doctor.report import Check, Finding
 from opd.doctor.static import Examined, standing
 from opd.remote import wait
-from opd.resolve import with_run_dir
+from opd.resolve import resolve_teachers, with_run_dir
 from opd.rollout.texts import DraftTexts
 from opd.schema import Config
 from opd.seed import fresh_student
@@ -166,7 +166,9 @@ def _launch(examined: Examined) -> None:
     # After the student, as in the run (opd/workers.py).
     if examined.with_teacher and all(examined.passed(name) for name in TEACHER_NEEDS):
         try:
-            live.teacher = TeacherGroup(live.config, examined.student_path)
+            run_dir = Path(str(with_run_dir(live.config).run_dir))
+            teacher = resolve_teachers(live.config.teacher, run_dir)
+            live.teacher = TeacherGroup(dataclasses.replace(live.config, teacher=teacher), examined.student_path)
         except Exception as error:
             live.errors["teacher"] = error
 

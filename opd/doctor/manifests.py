@@ -64,7 +64,8 @@ def _named(bad: list[BadAudio]) -> str:
 
 def _only_data(config: Config) -> Config:
     """The config with absolute paths of its manifests, whatever the models' are."""
-    student, teacher = dataclasses.replace(config.student, path=None), dataclasses.replace(config.teacher, path=None)
+    student = dataclasses.replace(config.student, path=None)
+    teacher = dataclasses.replace(config.teacher, path=None, routes={})
     return resolve(dataclasses.replace(config, student=student, teacher=teacher))
 
 

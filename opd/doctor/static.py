@@ -25,7 +25,7 @@ from opd.doctor.report import Check, Finding
 from opd.hub import check_push
 from opd.metrics import has_wandb_key
 from opd.model_sizes import StudentSizes, student_sizes
-from opd.resolve import portable, resolve, resolve_model, with_run_dir
+from opd.resolve import portable, resolve, resolve_model, resolve_teacher, with_run_dir
 from opd.schema import FROZEN_KEYS, Config
 from opd.teachers.environment import check_environments
 from opd.validate import validate
@@ -136,13 +136,13 @@ def check_student(examined: Examined) -> Finding | str:
 
 
 def check_teacher_path(examined: Examined) -> Finding | str | None:
-    """The folder of each teacher."""
+    """The folder of each teacher, and that it is of the kind that it is given as."""
     if not examined.with_teacher:
         return None
     run_dir = Path(str(with_run_dir(examined.config).run_dir))
     for name, teacher in examined.config.teacher.by_route().items():
         key = f"teacher.routes.{name}.path" if name else "teacher.path"
-        path = resolve_model(key, str(teacher.path), run_dir)
+        path = resolve_teacher(name, teacher, run_dir)
         if not Path(path).is_dir() and not _is_cached(path):
             return _not_downloaded(key, path)
         examined.teacher_paths[name] = path

@@ -11,7 +11,6 @@ import ray
 
 from opd.config import PROJECT_ROOT
 from opd.remote import wait
-from opd.resolve import resolve_model
 from opd.schema import Config, TeacherConfig
 from opd.teachers.environment import interpreter
 from opd.teachers.routing import Router
@@ -41,6 +40,8 @@ class PendingScores:
 class TeacherGroup:
     """Teacher workers that share the micro-batches of a step among them; with routes, each utterance goes to its own.
 
+    The config's paths are absolute (`opd.resolve`).
+
     counts are those of the last scores that were waited for, over all teachers: positions (written), aligned, responses, retokenised,
     and micro-batches that were halved for want of memory.
     """
@@ -54,9 +55,8 @@ class TeacherGroup:
         self._ready: dict[str, list[Any]] = {}
         self._facts: dict[str, list[dict[str, Any]]] = {}
         for name, teacher in self.router.teachers.items():
-            key = f"teacher.routes.{name}.path" if name else "teacher.path"
             settings = config.to_dict()
-            settings["teacher"] |= vars(teacher) | {"path": resolve_model(key, str(teacher.path))}
+            settings["teacher"] |= vars(teacher)
             actor = ray.remote(TeacherWorker).options(**self._options(teacher))
             num_workers = config.teacher.routes[name].get("num_workers") if name else None
             workers = [actor.remote() for _ in range(num_workers or config.cluster.num_teachers)]

@@ -10,7 +10,7 @@ utterance's language:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from opd.teachers.languages import Spoken, known_languages, language_of, names_l
 from opd.types import Batch
 
 LEFT_PADDED = ("input_ids", "attention_mask")
+HEARS = ("feature_extractor", "audio_processor")  # what processors call their part for audio
 
 
 class HfTeacher(CausalTeacher):
@@ -31,7 +32,10 @@ class HfTeacher(CausalTeacher):
 
     def load(self, path: str, dtype: torch.dtype, attn_implementation: str) -> tuple[Any, Any]:
         self.languages = known_languages(self.section)
-        return load_causal(path, dtype, attn_implementation), load_processor(path)
+        model_class = causal_class(path)
+        processor = load_processor(path)  # before the weights, which take long
+        check_placeholder(processor, path, self.section["prompt"])
+        return load_causal(model_class, path, dtype, attn_implementation), processor
 
     def end_ids(self) -> list[int]:
         """All ids that end generation, the tokenizer's own EOS first."""
@@ -78,7 +82,8 @@ class HfTeacher(CausalTeacher):
         return self.read_prompt(_fill(prompt["text"], self._values(spoken)), clip)
 
     def _values(self, spoken: Spoken | None) -> dict[str, str]:
-        values = {"{audio}": str(getattr(self.processor, "audio_token", ""))}
+        audio_token = getattr(self.processor, "audio_token", None)
+        values = {"{audio}": audio_token} if audio_token else {}  # a prompt that needs it was refused
         return values if spoken is None else values | {"{language}": spoken.name, "{iso}": spoken.iso}
 
     def read_prompt(self, text: str, clip: np.ndarray) -> Inputs:
@@ -127,42 +132,67 @@ def _known_only(arguments: dict[str, Any], spoken: Spoken | None) -> dict[str, A
     return {name: value for name, value in arguments.items() if spoken is not None or not names_language(value)}
 
 
-def load_causal(path: str, dtype: torch.dtype, attn_implementation: str) -> Any:
-    """The model of a folder or Hub id, in the class that its config names.
+def causal_class(path: str) -> Any:
+    """The class that the config of a folder or Hub id names.
 
-    Raises ValueError where this transformers does not have the class, where it is an encoder-decoder, and where weights
-    are missing.
+    Raises ValueError where this transformers does not have it, and where it is no causal decoder.
     """
     config = load_known(AutoConfig, path)
     name = (config.architectures or ["none"])[0]
     model_class = getattr(transformers, name, None)
     if model_class is None:
         raise _unknown(path, f"has no class {name}")
-    if config.is_encoder_decoder:
+    if config.is_encoder_decoder or not model_class.can_generate():
+        what = "is an encoder-decoder" if config.is_encoder_decoder else "does not write text token by token"
         raise ValueError(
-            f"teacher.path={path}: {name} is an encoder-decoder; a teacher needs a causal decoder that hears the audio "
-            "through its prompt"
+            f"teacher.path={path}: {name} {what}; a teacher needs a causal decoder that hears the audio through its prompt"
         )
+    return model_class
+
+
+def load_causal(model_class: Any, path: str, dtype: torch.dtype, attn_implementation: str) -> Any:
+    """The model of a folder or Hub id. Raises ValueError where weights are missing, and where it has no output layer."""
     model, info = model_class.from_pretrained(
         path, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
     )
     if info["missing_keys"] or info["mismatched_keys"]:
         names = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
         raise ValueError(
-            f"teacher.path={path}: {len(names)} tensors of {name} are missing or of another shape ({names[0]}, ...); "
+            f"teacher.path={path}: {len(names)} tensors of {model_class.__name__} are missing or of another shape ({names[0]}, ...); "
             "choose a checkpoint in transformers' native layout"
+        )
+    if model.get_output_embeddings() is None:
+        raise ValueError(
+            f"teacher.path={path}: {model_class.__name__} has no output layer over a vocabulary; choose another model"
         )
     return model
 
 
 def load_processor(path: str) -> Any:
-    """The processor of a folder or Hub id. Raises ValueError where it does not hear 16 kHz."""
+    """The processor of a folder or Hub id.
+
+    Raises ValueError where it hears no audio, or none of 16 kHz, and where it has no tokenizer.
+    """
     processor = load_known(AutoProcessor, path)
-    for name in ("feature_extractor", "audio_processor"):
+    if not hasattr(processor, "tokenizer") or not any(hasattr(processor, name) for name in HEARS):
+        raise ValueError(
+            f"teacher.path={path}: its processor is a {type(processor).__name__}, and a teacher's has both a part for audio and "
+            "a tokenizer; choose a speech-to-text model, or fetch all files of its processor"
+        )
+    for name in HEARS:
         rate = getattr(getattr(processor, name, None), "sampling_rate", SAMPLING_RATE)
         if rate != SAMPLING_RATE:
             raise ValueError(f"teacher.path={path}: hears audio of {rate} Hz; only {SAMPLING_RATE} Hz is read here")
     return processor
+
+
+def check_placeholder(processor: Any, path: str, prompt: Mapping[str, Any]) -> None:
+    """Raises ValueError for a prompt with `{audio}` where the processor does not say which token that is."""
+    if "{audio}" in str(prompt) and not getattr(processor, "audio_token", None):
+        raise ValueError(
+            f"teacher.prompt: has {{audio}}, but the processor of {path} ({type(processor).__name__}) names no audio_token; "
+            "use the form chat with a part {type: audio}, or transcription"
+        )
 
 
 def load_known(auto_class: Any, path: str) -> Any:

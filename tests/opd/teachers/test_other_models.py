@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_teachers import STUDENT, make_qwen2_audio, make_voxtral, texts_of
+from tiny_teachers import STUDENT, make_qwen2_audio, make_voxtral, texts_of, train_tokenizer
+from transformers import AutoProcessor
 
 from data.audio import load_audio
 from data.manifest import read_manifest
 from opd.arkasr import load_processor
 from opd.teachers import make_teacher
+from opd.teachers.hf import check_placeholder
 from opd.types import Rollout
 
 QWEN2_AUDIO_TEXT = (
@@ -72,3 +75,61 @@ def test_a_score_equals_a_direct_forward(
             expected = logits_TV[position, teacher.token_map.student_to_teacher[pair]]
             assert (found[0] - found[1]).item() == pytest.approx((expected[0] - expected[1]).item(), abs=1e-4)
     assert texts_of(teacher, utterances) == [texts_of(teacher, [u])[0] for u in utterances]
+
+
+def make_ctc(path: Path) -> Path:
+    """A Wav2Vec2 with a CTC head: it hears audio and has a tokenizer, but no decoder."""
+    from transformers import (
+        Wav2Vec2Config,
+        Wav2Vec2CTCTokenizer,
+        Wav2Vec2FeatureExtractor,
+        Wav2Vec2ForCTC,
+        Wav2Vec2Processor,
+    )
+
+    path.mkdir()
+    (path / "vocab.json").write_text(json.dumps({"<pad>": 0, "<unk>": 1, "|": 2, "a": 3}))
+    config = Wav2Vec2Config(
+        vocab_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=[8],
+        conv_stride=[5], conv_kernel=[10], num_conv_pos_embedding_groups=2, num_conv_pos_embeddings=4,
+    )  # fmt: skip
+    Wav2Vec2ForCTC(config).save_pretrained(path)
+    Wav2Vec2Processor(Wav2Vec2FeatureExtractor(), Wav2Vec2CTCTokenizer(str(path / "vocab.json"))).save_pretrained(path)
+    return path
+
+
+def make_text_model(path: Path) -> Path:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=304, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(path)
+    train_tokenizer(["one two"], 300, ["<end>"], eos_token="<end>", pad_token="<end>").save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (make_ctc, r"teacher.path=.*: Wav2Vec2ForCTC does not write text token by token; .* causal decoder"),
+        (make_text_model, r"teacher.path=.*: its processor is a \w*Tokenizer\w*, .* choose a speech-to-text model"),
+    ],
+)
+def test_what_is_no_speech_to_text_model_with_a_decoder_is_refused(
+    make: Callable, message: str, make_config: Callable, tmp_path: Path
+) -> None:
+    path = make(tmp_path / "model")
+    with pytest.raises(ValueError, match=message):
+        make_teacher(make_config("hf", path=str(path)), str(STUDENT))
+
+
+def test_a_placeholder_that_the_processor_does_not_know_is_refused(glm_dir: Path, tmp_path: Path) -> None:
+    processor = AutoProcessor.from_pretrained(make_ctc(tmp_path / "model"))
+    with pytest.raises(
+        ValueError, match=r"teacher.prompt: has \{audio\}, but .*Wav2Vec2Processor\) names no audio_token"
+    ):
+        check_placeholder(processor, "p", {"chat": [{"role": "user", "content": "{audio} Write"}]})
+    check_placeholder(processor, "p", {"chat": [{"role": "user", "content": [{"type": "audio"}]}]})
+    check_placeholder(AutoProcessor.from_pretrained(glm_dir), "p", {"text": "{audio}"})

@@ -102,16 +102,25 @@ def test_a_package_that_breaks_in_the_teachers_environment_is_named(
         (["teacher.python_path=nowhere/python"], "teacher.python_path=nowhere/python: there is no such interpreter"),
         (["teacher.routes={zh: {match: {language: zh}}}"], "has no teacher: none of teacher.routes (zh) matches it"),
         (
-            ["teacher.kind=hf", "teacher.prompt={text: '{audio}{language}', languages: [zh]}"],
+            ["teacher.kind=hf", "teacher.path={glm}", "teacher.prompt={text: '{audio}{language}', languages: [zh]}"],
             "language 'English' is not one that this teacher knows; it knows Chinese (zh)",
         ),
+        (["teacher.language=Klingon"], "teacher.language=Klingon: kind arkasr is told no language"),
+        (["teacher.kind=hf", "teacher.prompt={text: '{audio}'}"], "model_type arkasr; set teacher.kind=arkasr"),
+        (["teacher.routes={a: {path: 'stage:td'}}"], "teacher.routes.a.path=stage:td: there is no "),
     ],
 )  # fmt: skip
 def test_what_no_teacher_can_take_is_said_before_anything_starts(
-    overrides: list[str], message: str, speech: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    overrides: list[str],
+    message: str,
+    speech: dict[str, Path],
+    glm_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from opd.train import main
 
+    overrides = [override.replace("{glm}", str(glm_dir)) for override in overrides]
     assert main([*small("tiny", speech, tmp_path / "run")[3:], *overrides]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
