@@ -72,6 +72,14 @@ class TrainingData:
             elif is_new:
                 router.check(utterances)
 
+    def check_gate(self) -> None:
+        """Raises ValueError where a teacher gate has no references to look at."""
+        if not self._streams and not self.num_texts():
+            raise ValueError(
+                "teacher.gate_max_wer: no utterance of data.train_manifest has a `text` to compare the teacher with; give "
+                "references, or set teacher.gate_max_wer=null"
+            )
+
     def check_streamed(self, router: Router, batch: Batch) -> None:
         """As `check_routes`, for a batch of which some may come from a stream: that cannot be looked through before."""
         if self._streams:

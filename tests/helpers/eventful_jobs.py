@@ -67,7 +67,7 @@ def preempt(arguments: list[str], env: dict[str, str], run_dir: Path) -> Result:
     (saved,) = (run_dir / "checkpoints").glob("step-*")
     step = int(saved.name.removeprefix("step-"))
     assert 3 <= step <= 12
-    assert f"stopped after step {step}, which is saved; start again with the same command" in printed
+    assert f"stopped after step {step}, which is saved; start again with the same command and run_dir" in printed
     result = run(arguments, env)
     assert f"going on after step {step} of 40" in result.stdout
     return result
