@@ -34,10 +34,10 @@ class TrainingData:
         self._streams: dict[str, StreamFeed] = {}
         for name, path in manifests.items():
             if is_stream(str(path)):
-                self._streams[name] = _open_stream(str(path), self._seed(name), with_text, data.default_language)
+                self._streams[name] = _open_stream(str(path), self._seed(name), with_text, data.language_of(name))
             else:
                 self.sources[name] = open_manifest(
-                    str(path), require_text=with_text, default_language=data.default_language
+                    str(path), require_text=with_text, default_language=data.language_of(name)
                 )
         self.feed = self._feed()
 

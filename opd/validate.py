@@ -115,6 +115,13 @@ def _validate_data(config: Config) -> None:
             f"data: {has}; give data.train_manifest (one manifest) or data.train_manifests (several, by name), and set the "
             "other to null or {}"
         )
+    names = data.train_manifests.keys() | data.eval_manifests.keys()
+    for name, language in data.default_languages.items():
+        if name not in names or not isinstance(language, str):
+            raise ValueError(
+                f"data.default_languages.{name}={language}: must be the language of a manifest by its name "
+                f"({', '.join(sorted(names)) or 'there is none'})"
+            )
     for name, source in data.train_manifests.items():
         where = f"data.train_manifests.{name}"
         if (
