@@ -42,7 +42,7 @@ def main() -> int:
 
 
 def copy_seed(export: Path, target: Path) -> None:
-    """An export without its model card, which names paths of the machine it was made on; seeds/README.md says what matters."""
+    """An export without its model card: seeds/README.md says of all seeds together what matters."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(export, target, ignore=shutil.ignore_patterns("README.md"))
 
