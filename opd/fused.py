@@ -26,6 +26,7 @@ from opd.losses import (
 from opd.support import FAR
 
 TILE_SIZE = 8192  # rows of an output matrix in half precision that are multiplied at a time
+SUMS_HALVES = "dtype" in torch.ops.aten.mm.overloads()  # torch.mm has out_dtype (from torch 2.8 on)
 Loss = Callable[[StudentLogits], tuple[torch.Tensor, Fields]]  # of one chunk: (n,) with gradient, (n,) without
 
 
@@ -217,12 +218,18 @@ class _Pass:
     def _add_product(self, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: int = 1) -> None:
         """out = beta out + a @ b, summed in the type of `out`."""
         half = self.weight_VD.dtype
-        if out.is_cuda and half in (torch.float16, torch.bfloat16):
-            # Tensor cores take halves and sum in float32.
+        if takes_halves(out.device.type, out.dtype, half):
             product = torch.mm(a.to(half), b.to(half), out_dtype=out.dtype)
             out.add_(product) if beta else out.copy_(product)
         else:
             out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=beta)
+
+
+def takes_halves(device: str, out_dtype: torch.dtype, half: torch.dtype) -> bool:
+    """Whether tensor cores can multiply factors of the type `half` and sum them in float32. Elsewhere factors are converted
+    to the type of the sum: the same to within its rounding, and slower."""
+    is_half = half in (torch.float16, torch.bfloat16)
+    return SUMS_HALVES and device == "cuda" and out_dtype == torch.float32 and is_half
 
 
 class _WithGradients(torch.autograd.Function):
