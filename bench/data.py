@@ -8,7 +8,6 @@ cache is warm: the figure is for the processor's work.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -19,6 +18,7 @@ import numpy as np
 import soundfile
 import torch
 
+from bench.command import Parser, command, positive
 from bench.tables import Row, print_rows, write_json
 from data.collate import Collator
 from data.manifest import read_manifest
@@ -65,11 +65,11 @@ def run(
     return time.perf_counter() - began, loader.take_waited_s(), first
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.data", description="Audio-seconds a second of the loader.")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--lines", type=int, default=100_000)
-    parser.add_argument("--batches", type=int, default=12)
+@command
+def main(argv: list[str]) -> int:
+    parser = Parser("data", __doc__)
+    parser.add_argument("--lines", type=positive, default=100_000)
+    parser.add_argument("--batches", type=positive, default=12)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
@@ -101,4 +101,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(None))

@@ -14,7 +14,6 @@ anything is timed; then they take turns.
 
 from __future__ import annotations
 
-import argparse
 import os
 import resource
 import statistics
@@ -29,6 +28,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from bench.command import Parser, command, positive
 from bench.tables import Row, print_rows, write_json
 from opd.fused import fused_position_loss
 from opd.schema import LossConfig
@@ -215,13 +215,13 @@ def check(sizes: Sizes) -> None:
                 raise ValueError(f"{case}: {what} differs from {other}'s by {difference:.1e}")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", help="file that the rows are written to")
-    parser.add_argument("--runs", type=int, default=5)
+@command
+def main(argv: list[str]) -> int:
+    parser = Parser("loss", __doc__)
+    parser.add_argument("--runs", type=positive, default=5)
     for name, default in (("positions", 1536), ("vocab_size", 151_936), ("width", 896), ("top_k", 32), ("threads", 2)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    arguments = parser.parse_args()
+        parser.add_argument(f"--{name}", type=positive, default=default)
+    arguments = parser.parse_args(argv)
     sizes = Sizes(*(getattr(arguments, name) for name in ("positions", "vocab_size", "width", "top_k", "threads")))
     print(f"{sizes}, float32, {torch.__version__}, load {os.getloadavg()[0]:.1f}")
     check(sizes)
@@ -256,4 +256,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(None))

@@ -13,7 +13,6 @@ teacher/large_vocab   a random decoder 512 wide with 8 layers and 151,936 ids: 4
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -28,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bench.command import Parser, command, positive
 from bench.loss import peak_bytes, reset_peak
 from bench.plain_step import logprobs, token_tables
 from bench.tables import Row, print_rows, write_json
@@ -241,11 +241,11 @@ def compare(case: str, scene: Scene, runs: int) -> tuple[Row, str]:
     return Row(case, own_s, OTHER, other_s, other_s / own_s), note
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.teacher", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", metavar="FILE", help="write the rows there")
-    parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1, help="as a teacher of the tiny recipe has")
+@command
+def main(argv: list[str]) -> int:
+    parser = Parser("teacher", __doc__)
+    parser.add_argument("--runs", type=positive, default=7)
+    parser.add_argument("--threads", type=positive, default=1, help="as a teacher of the tiny recipe has")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     print(f"{options.threads} threads, float32, load {os.getloadavg()[0]:.1f}")
@@ -266,4 +266,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(None))
