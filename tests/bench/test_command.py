@@ -56,7 +56,9 @@ def test_looking_whether_a_file_can_be_written_leaves_nothing(tmp_path: Path) ->
     assert not writable(str(tmp_path / "new.json")).exists()
 
 
-@pytest.mark.parametrize("error", [ValueError("two\nlines"), SystemExit("two lines"), FileNotFoundError(2, "two lines")])
+@pytest.mark.parametrize(
+    "error", [ValueError("two\nlines"), SystemExit("two lines"), FileNotFoundError(2, "two lines")]
+)
 def test_what_goes_wrong_is_one_line(
     error: BaseException, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
