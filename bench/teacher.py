@@ -7,6 +7,9 @@ of the student's top-k, the mass beyond both, entropy and unmapped mass. The oth
 logits at all positions of the padded batch, their log-softmax, top-k and gather. Both are checked to give the same
 numbers, then take turns. Megabytes are peak resident memory over that at the start, each side in a process of its own.
 
+Exit status 1 where ours is less than 0.9 times as fast (teacher/large_vocab: 1.5 times), or needs more than a quarter of
+the memory at the large vocabulary.
+
 teacher/tiny          seeds/tiny_teacher on what seeds/tiny_student writes for 32 utterances of synthetic speech
 teacher/large_vocab   a random decoder 512 wide with 8 layers and 151,936 ids: 4 utterances of 10 s with 40 tokens each
 """
@@ -27,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.command import Parser, command, positive
+from bench.command import Parser, command, positive, report_missed
 from bench.loss import peak_bytes, reset_peak
 from bench.plain_step import logprobs, token_tables
 from bench.tables import Row, print_rows, write_json
@@ -45,6 +48,8 @@ from opd.vocab import blocked_mask
 
 OTHER = "full_logits"
 TOP_K = 32
+LEAST = {"teacher/tiny": 0.9, "teacher/large_vocab": 1.5}  # times as fast as the other side
+MAX_MEMORY = {"teacher/large_vocab": 0.25}  # of the other side's
 Scores = dict[str, torch.Tensor]
 
 
@@ -262,7 +267,21 @@ def main(argv: list[str]) -> int:
     print_rows(rows, notes)
     if options.json:
         write_json(rows, options.json)
-    return 0
+    return report_missed(missed_targets(rows))
+
+
+def missed_targets(rows: list[Row]) -> list[str]:
+    """What is slower or larger than it should be, in words."""
+    missed = []
+    for row in rows:
+        assert row.ratio is not None and row.ours_mb is not None and row.other_mb is not None, "all is measured"
+        if row.ratio < LEAST[row.case]:
+            missed.append(f"{row.case}: {row.ratio:.2f} times as fast, target {LEAST[row.case]:g}")
+        if row.case in MAX_MEMORY and row.ours_mb > MAX_MEMORY[row.case] * row.other_mb:
+            missed.append(
+                f"{row.case}: {row.ours_mb:,.0f} MB, target {MAX_MEMORY[row.case]:g} of {row.other_mb:,.0f} MB"
+            )
+    return missed
 
 
 if __name__ == "__main__":
