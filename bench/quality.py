@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench.command import command, key_values
 from opd.config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,17 +56,18 @@ def honest_start(out_dir: Path) -> dict[str, float]:
     return {"steps": steps, "wer": wer, "wer_longer": wer_longer, "cut": (wer - wer_longer) / wer}
 
 
+@command
 def main(argv: list[str]) -> int:
-    arguments = dict(argument.partition("=")[::2] for argument in argv)
-    out_dir = Path(arguments.get("out_dir", ROOT / "runs" / "quality")).resolve()
-    rows = distil([int(seed) for seed in arguments.get("seeds", "0,1,2").split(",")], out_dir)
+    arguments = key_values(argv, {"seeds": "0,1,2", "out_dir": str(ROOT / "runs" / "quality"), "honest": "false"})
+    out_dir = Path(arguments["out_dir"]).resolve()
+    rows = distil([int(seed) for seed in arguments["seeds"].split(",")], out_dir)
     print("| seed | WER before | WER after | teacher | relative cut | gap closed | seconds without evaluation |")
     print("|---|---|---|---|---|---|---|")
     median = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
     for name, row in [*((str(row["seed"]), row) for row in rows), ("median", median)]:
         rates = " | ".join(f"{row[key]:.1%}" for key in ("before", "after", "teacher", "cut", "gap_closed"))
         print(f"| {name} | {rates} | {row['seconds']:.0f} |")
-    if arguments.get("honest") == "true":
+    if arguments["honest"] == "true":
         start = honest_start(out_dir)
         print(
             f"\nSFT student, {start['steps']} steps: WER {start['wer']:.1%}; 30 % more steps: "
@@ -75,4 +77,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(main(None))

@@ -9,12 +9,12 @@ are less than 3 times as fast.
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
 import torch
 
+from bench.command import command, key_values
 from data.audio import load_audio
 from data.manifest import read_manifest
 from data.synthetic import ensure_digits
@@ -26,9 +26,9 @@ NUM_BLOCKS = 4
 ROOT = Path(__file__).parent.parent
 
 
+@command
 def main(argv: list[str]) -> int:
-    options = {"clips": "500", "batch_size": "40", "model": str(ROOT / "seeds" / "tiny_teacher")}
-    options |= dict(argument.split("=", 1) for argument in argv)
+    options = key_values(argv, {"clips": "500", "batch_size": "40", "model": str(ROOT / "seeds" / "tiny_teacher")})
     batch_size = int(options["batch_size"])
     clips = list(enumerate(read_manifest(ensure_digits()["unseen_voices"])[: int(options["clips"])]))
     transcriber = Transcriber(options["model"])
@@ -75,4 +75,4 @@ def in_batches(transcriber: Transcriber, clips: list, seconds: dict[int, float],
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(main(None))
