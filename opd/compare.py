@@ -40,9 +40,7 @@ from opd.text import scored_language
 EQUAL_CPU = "-equal-cpu"
 REPLICATIONS = 10_000
 LEVEL = 95.0  # of the intervals, %
-
-
-_FORMS: dict[str, tuple[type, str]] = {
+_FORMS: dict[str, tuple[type, str]] = {  # key of `compare` -> its type, and what an error says of it
     "seeds": (list, "a list of whole numbers, such as [0, 1, 2]"),
     "eval_set": (str, "the name of a set of data.eval_manifests"),
     "base_arm": (str, "the name of an arm, such as opd"),
@@ -75,8 +73,10 @@ def arm_configs(config: Config) -> list[Arm]:
     compare = _checked(config)
     base = dataclasses.replace(config, compare={}, stages=[], ladder={})
     arms = []
-    for setting, values in (_mapping(compare.get("settings"), "compare.settings") or {"default": {}}).items():
-        configs = _setting_configs(base, compare, setting, _mapping(values, f"compare.settings.{setting}"))
+    settings = _mapping(compare.get("settings"), "compare.settings", "{noisy: {change: {...}}}")
+    for setting, values in (settings or {"default": {}}).items():
+        form = "{change: {...}, arms: {...}}"
+        configs = _setting_configs(base, compare, setting, _mapping(values, f"compare.settings.{setting}", form))
         for seed in compare["seeds"]:
             for name, one in configs.items():
                 folder = f"{config.run_dir}/{setting}/seed-{seed}/{name}" if config.run_dir else None
@@ -89,7 +89,7 @@ def _setting_configs(base: Config, compare: dict[str, Any], setting: str, values
     where = f"compare.settings.{setting}"
     if unknown := sorted(values.keys() - {"change", "arms"}):
         raise ValueError(f"{where}: unknown key {unknown[0]}; a setting has change and arms")
-    own = _mapping(values.get("arms"), f"{where}.arms") or dict.fromkeys(compare["arms"], {})
+    own = _mapping(values.get("arms"), f"{where}.arms", "{opd: {}}") or dict.fromkeys(compare["arms"], {})
     for name in own:
         if name not in compare["arms"]:
             raise ValueError(f"{where}.arms: unknown arm {name}; there are {', '.join(compare['arms'])}")
@@ -112,12 +112,12 @@ def _setting_configs(base: Config, compare: dict[str, Any], setting: str, values
     return configs
 
 
-def _mapping(value: Any, where: str) -> dict[str, Any]:
-    """A mapping with names as its keys; null is an empty one."""
+def _mapping(value: Any, where: str, example: str = "{optim: {lr: 1.0e-4}}") -> dict[str, Any]:
+    """A mapping with names as its keys; null is an empty one. Raises ValueError for anything else."""
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        raise ValueError(f"{where}={value}: must be a mapping of names, such as {{name: {{...}}}}")
+        raise ValueError(f"{where}={value}: must be a mapping by name, such as {example}")
     return value
 
 
@@ -136,7 +136,7 @@ def _checked(config: Config) -> dict[str, Any]:
     for name in ("seeds", "eval_set", "base_arm", "arms"):
         if not compare.get(name):
             raise ValueError(f"compare.{name} is missing: give {_FORMS[name][1]}")
-    _mapping(compare["arms"], "compare.arms")
+    _mapping(compare["arms"], "compare.arms", "{opd: {}}")
     seeds = compare["seeds"]
     if not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds):
         raise ValueError(f"compare.seeds={seeds}: must be {_FORMS['seeds'][1]}")
