@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from data.sound import is_stream
@@ -17,6 +18,15 @@ TEACHER_KINDS = ("arkasr", "qwen3_asr", "hf")
 STAGES = ("sft", "td", "opd")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PROMPT_FORMS = {"text": str, "chat": list, "transcription": dict}
+_ROUTE_FORMS: dict[str, tuple[tuple[type, ...], str]] = {  # keys of a route that OmegaConf knows no type of
+    "path": ((str, NoneType), "the folder or the Hub id of a teacher"),
+    "python_path": ((str, NoneType), "the path of a Python interpreter, such as .venv-teacher/bin/python, or null"),
+    "cache_dir": ((str, NoneType), "a folder, or null"),
+    "prompt": ((dict,), "a mapping with one of text, chat, transcription (opd/teachers/hf.py shows each form)"),
+    "min_coverage": ((int, float), "a number between 0 and 1, such as 0.9"),
+    "gate_max_wer": ((int, float, NoneType), "a WER from 0 on (0.2 is 20 %), or null"),
+    "num_workers": ((int,), "a whole number above 0"),
+}
 _CHOICES = {
     "stage": STAGES, "rollout.source": ("student", "manifest"), "rollout.draft": ("auto", "reference", "earlier", "ctc", "none"),
     "engine": ("fsdp2", "deepspeed"), "zero.stage": (1, 2, 3), "resume": ("auto", "never"), "schedule": ("sync", "one_step_off"),
@@ -84,6 +94,7 @@ def _validate_parts(config: Config) -> None:
             "student: give either student.path (a model to start from) or student.init (sizes of a new one)"
         )
     _validate_data(config)
+    _validate_routes(config.teacher)
     if config.stage != "sft":
         _validate_teachers(config.teacher, config.stage)
     _validate_optional(config)
@@ -196,12 +207,13 @@ def _validate_optional(config: Config) -> None:
             raise ValueError(f"{dotted}={value}: must be a WER from 0 on (0.2 is 20 %), or null")
     if config.teacher.gate_max_wer is not None and config.stage != "opd":
         raise ValueError(
-            f"teacher.gate_max_wer: belongs to stage opd; stage {config.stage} has td.max_wer or no teacher"
+            f"teacher.gate_max_wer: belongs to stage opd; stage {config.stage} has td.max_wer or no teacher: set it to null; "
+            "in a ladder set ladder.opd.teacher.gate_max_wer instead, in a comparison compare.arms.opd.teacher.gate_max_wer"
         )
 
 
-def _validate_teachers(teacher: TeacherConfig, stage: str) -> None:
-    """Every teacher has what its kind needs; every route has known keys and values that its keys can take."""
+def _validate_routes(teacher: TeacherConfig) -> None:
+    """Every route has known keys and values of their types, in stage sft too: it takes none, but it reads them."""
     known = {f.name for f in dataclasses.fields(teacher)} - {"routes"} | {"match", "num_workers"}
     for name, route in teacher.routes.items():
         where = f"teacher.routes.{name}"
@@ -209,9 +221,15 @@ def _validate_teachers(teacher: TeacherConfig, stage: str) -> None:
             raise ValueError(f"{where}: a route is a mapping of keys, and so is its match (field: value or values)")
         if unknown := sorted(route.keys() - known):
             raise ValueError(f"{where}: unknown key {unknown[0]}; a route has {', '.join(sorted(known))}")
-        workers = route.get("num_workers", 1)
-        if not isinstance(workers, int) or workers < 1:
-            raise ValueError(f"{where}.num_workers={workers}: must be a whole number above 0")
+        for key, (forms, meaning) in _ROUTE_FORMS.items():
+            if key in route and (not isinstance(route[key], forms) or isinstance(route[key], bool)):
+                raise ValueError(f"{where}.{key}={route[key]}: must be {meaning}")
+        if route.get("num_workers", 1) < 1:
+            raise ValueError(f"{where}.num_workers={route['num_workers']}: must be {_ROUTE_FORMS['num_workers'][1]}")
+
+
+def _validate_teachers(teacher: TeacherConfig, stage: str) -> None:
+    """Every teacher has what its kind needs."""
     for name, one in teacher.by_route().items():
         where = f"teacher.routes.{name}" if name else "teacher"
         for field, choices in (("kind", TEACHER_KINDS), ("dtype", DTYPES), ("attn_implementation", ATTENTION)):
@@ -238,6 +256,11 @@ def _validate_prompt(teacher: TeacherConfig, where: str) -> None:
         raise ValueError(
             f"{where}.prompt: kind hf needs one of {', '.join(PROMPT_FORMS)}, and may have languages; it has "
             f"{', '.join(map(str, prompt)) or 'none'} (opd/teachers/hf.py shows each form)"
+        )
+    languages = prompt.get("languages")
+    if languages is not None and not (isinstance(languages, list) and all(isinstance(one, str) for one in languages)):
+        raise ValueError(
+            f"{where}.prompt.languages={languages}: must be a list of languages (in quotes), such as [English, German]"
         )
     value = prompt[forms[0]]
     if not isinstance(value, PROMPT_FORMS[forms[0]]):
