@@ -201,13 +201,16 @@ def _validate_lora(config: Config) -> None:
 
 def _validate_optional(config: Config) -> None:
     """Keys that may be null; both are WER limits, and 0 lets only what is all right pass."""
-    for dotted in ("teacher.gate_max_wer", "td.max_wer"):
-        value = _get(config, dotted)
+    limits = {"td.max_wer": config.td.max_wer, "teacher.gate_max_wer": config.teacher.gate_max_wer}
+    routes = config.teacher.routes.items()
+    limits |= {f"teacher.routes.{name}.gate_max_wer": route.get("gate_max_wer") for name, route in routes}
+    for dotted, value in limits.items():
         if value is not None and (isinstance(value, str) or not value >= 0):
             raise ValueError(f"{dotted}={value}: must be a WER from 0 on (0.2 is 20 %), or null")
-    if config.teacher.gate_max_wer is not None and config.stage != "opd":
+    gates = [dotted for dotted, value in limits.items() if value is not None and dotted.startswith("teacher.")]
+    if gates and config.stage != "opd":
         raise ValueError(
-            f"teacher.gate_max_wer: belongs to stage opd; stage {config.stage} has td.max_wer or no teacher: set it to null; "
+            f"{gates[0]}: belongs to stage opd; stage {config.stage} has td.max_wer or no teacher: set it to null; "
             "in a ladder set ladder.opd.teacher.gate_max_wer instead, in a comparison compare.arms.opd.teacher.gate_max_wer"
         )
 

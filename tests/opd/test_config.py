@@ -63,6 +63,14 @@ def test_overrides_win_over_the_recipe() -> None:
         ([*SEVERAL, "data.train_manifests.b=b.jsonl"], r"train_manifests.b: must be {path: ..., weight: ...}"),
         ([*SEVERAL, "data.train_manifests.b.wight=2"], r"train_manifests.b: must be {path"),
         ([*SEVERAL, "data.train_manifests.a.weight=0"], "train_manifests.a.weight=0: must be a number above 0"),
+        (
+            ["recipe=tiny", "teacher.routes={a: {gate_max_wer: -0.2}}"],
+            r"routes\.a\.gate_max_wer=-0\.2: must be a WER from 0",
+        ),
+        (
+            ["recipe=tiny", "stage=td", "teacher.routes={a: {gate_max_wer: 0.2}}"],
+            r"routes\.a\.gate_max_wer: belongs to stage",
+        ),
         ([*SEVERAL, "data.default_languages.b=German"], r"default_languages.b=German: .* by its name \(a, seen_voices"),
         ([*SEVERAL, "data.train_manifests.a.path=stage:td"], "only data.train_manifest may name another stage"),
         ([*SEVERAL, "stage=td"], "stage=td: works with one manifest"),
