@@ -33,6 +33,7 @@ from opd.rollout.ctc import CTC_FILE, CtcHead, save_ctc_head
 from opd.rollout.decode import split, uniforms
 from opd.rollout.forced import forced
 from opd.rollout.speculative import RolloutCounts, forward_cost, speculate
+from opd.support import check_top_k
 from opd.types import DTYPES, Batch, Rollout, TeacherScore
 from opd.vocab import blocked_mask
 from trainers.base_engine import init_process_group, num_elements
@@ -79,6 +80,8 @@ class StudentWorker(Worker):
         vocab_size = self.engine.model_config.vocab_size
         self.eos_id, self.pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
         self.blocked_V = blocked_mask(blocked_token_ids(tokenizer, vocab_size, self.eos_id), vocab_size).to(self.device)
+        if self.config.stage == "opd":
+            check_top_k(self.config.loss.top_k, self.blocked_V)
         collator = Collator(max_seconds=self.config.data.max_seconds, on_bad_audio=self.config.data.on_bad_audio)
         self.loader = PromptLoader(
             collator, self.processor, self.config.data.num_threads, self.config.data.read_timeout_s
