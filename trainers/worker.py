@@ -26,6 +26,7 @@ from verl.workers.engine.base import EngineRegistry
 import trainers.fsdp2  # noqa: F401  registers the engine
 from data.collate import Collator
 from opd.arkasr import blocked_token_ids, load_processor
+from opd.arkasr.loading import named_by
 from opd.config import config_from_dict
 from opd.export import save_arkasr
 from opd.peak_memory import peak_memory
@@ -73,9 +74,10 @@ class StudentWorker(Worker):
         joined = time.perf_counter()
         if self.config.engine == "deepspeed":
             import trainers.zero  # noqa: F401  registers the engine; DeepSpeed takes seconds to import
-        self.processor = load_processor(self.path)
-        self.engine = EngineRegistry.new(MODEL_TYPE, self.config.engine, config=self.config, path=self.path)
-        self.engine.initialize()
+        with named_by("student.path=", self.path):
+            self.processor = load_processor(self.path)
+            self.engine = EngineRegistry.new(MODEL_TYPE, self.config.engine, config=self.config, path=self.path)
+            self.engine.initialize()
         tokenizer = self.processor.tokenizer
         vocab_size = self.engine.model_config.vocab_size
         self.eos_id, self.pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
