@@ -175,6 +175,11 @@ def test_a_config_that_cannot_be_read_is_one_row(capsys: pytest.CaptureFixture[s
     assert found["config"][0] == "fail"
     assert "unknown key optim.lrr; did you mean optim.lr? fix: print_config=true" in found["config"][1]
     assert found["all others"] == ("skipped", "needs what failed: config")
+    for arguments in (["optim.lr=1"], ["recipe=tinyy"]):
+        assert main(arguments) == 1
+        found = table(capsys.readouterr().out)
+        assert "tiny_teacher" in found["config"][1]
+        assert "fix:" not in found["config"][1]
 
 
 # -- one check at a time -----------------------------------------------------------------------------------------------
