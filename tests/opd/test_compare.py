@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from main_job import last_of_each
 
 from data.manifest import write_manifest
 from opd.compare import arm_configs, compare_arms, paired_bootstrap, run_comparison
@@ -22,7 +23,7 @@ COMPARE = [
 
 def test_arms_are_runs_from_one_start() -> None:
     settings = "compare.settings={clean: {}, noisy: {change: {optim: {lr: 0.5}}, arms: {opd: {loss: {top_k: 4}}}}}"
-    arms = arm_configs(load_config([*COMPARE, settings]))
+    arms = arm_configs(load_config(last_of_each([*COMPARE, settings])))
     names = [(arm.setting, arm.seed, arm.name) for arm in arms]
     clean = [("clean", seed, name) for seed in (0, 1) for name in ("more_sft", "opd", "paper")]
     assert names == [*clean, ("noisy", 0, "opd"), ("noisy", 1, "opd")]
@@ -48,7 +49,7 @@ def test_arms_are_runs_from_one_start() -> None:
 )
 def test_a_comparison_that_cannot_run_is_refused_at_once(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        load_config([*COMPARE, override])
+        load_config(last_of_each([*COMPARE, override]))
 
 
 def test_the_interval_is_that_of_the_difference() -> None:
@@ -113,7 +114,9 @@ def test_equal_cpu_gives_an_arm_the_steps_that_the_base_arm_s_time_allows(
         return summary_of(Path(config.run_dir), ["one two"] * 3, manifest, cpu, config.train.num_steps)
 
     arms = "compare.arms={more_sft: {stage: sft, data: {train_manifest: few.jsonl}}, opd: {}}"
-    summary = run_comparison(load_config([*COMPARE, arms, f"run_dir={tmp_path / 'run'}", "train.num_steps=100"]), train)
+    summary = run_comparison(
+        load_config(last_of_each([*COMPARE, arms, f"run_dir={tmp_path / 'run'}", "train.num_steps=100"])), train
+    )
     assert asked[:4] == [("more_sft", 0, 100), ("opd", 0, 100), ("more_sft", 1, 100), ("opd", 1, 100)]
     # 10 s of student and teacher against 4 s for a hundred steps.
     assert asked[4:] == [("more_sft-equal-cpu", 0, 250), ("more_sft-equal-cpu", 1, 250)]
