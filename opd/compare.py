@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -275,3 +276,10 @@ def paired_bootstrap(
         "interval": [float(low), float(high)],
         "probability": float((differences_R < 0).mean()),
     }
+
+
+if __name__ == "__main__":
+    print(
+        "error: opd.compare is no command; python -m opd.train recipe=tiny_compare runs a comparison", file=sys.stderr
+    )
+    raise SystemExit(2)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from opd.config import describe, load_config, take_flag
 from opd.schema import Config
 from opd.survival import LOST, STOPPED_STATUS, Restarts, Stopped
+from opd.validate import doubts
 
 if TYPE_CHECKING:
     from opd.run import Run
@@ -39,6 +40,8 @@ def train(config: Config) -> dict:
     from opd.resolve import with_run_dir
     from opd.run import Run  # imports Ray and verl: seconds that print_config and a wrong key need not wait for
 
+    for doubt in doubts(config):
+        logging.getLogger(__name__).warning(doubt)
     config = with_run_dir(config)
     restarts = Restarts(config.train.max_restarts)
     while True:

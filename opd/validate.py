@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
@@ -41,9 +42,9 @@ _CHOICES = {
 _POSITIVE = (
     "checkpoint.grace_s", "data.max_seconds", "data.read_timeout_s",
     "td.max_chars_per_second", "rollout.max_new_tokens", "rollout.max_repeats", "loss.top_k", "loss.temperature",
-    "loss.chunk_size", "lora.alpha", "optim.lr", "optim.eps", "train.num_steps", "train.batch_size", "train.micro_batch_size",
-    "train.log_every", "checkpoint.checkpoint_every", "checkpoint.keep_last", "eval.batch_size", "cluster.num_nodes",
-    "cluster.ranks_per_node", "cluster.num_teachers",
+    "loss.max_importance", "loss.chunk_size", "lora.alpha", "optim.lr", "optim.eps", "train.num_steps", "train.batch_size",
+    "train.micro_batch_size", "train.log_every", "checkpoint.checkpoint_every", "checkpoint.keep_last", "eval.batch_size",
+    "cluster.num_nodes", "cluster.ranks_per_node", "cluster.num_teachers",
     "cluster.gpus_per_rank", "cluster.threads_per_rank", "cluster.threads_per_teacher",
     "cluster.placement_timeout_s", "cluster.start_timeout_s", "cluster.call_timeout_s", "cluster.collective_timeout_s",
 )  # fmt: skip
@@ -53,6 +54,9 @@ _NOT_NEGATIVE = (
     "data.num_threads", "train.micro_batch_tokens", "train.max_restarts", "lora.rank",
     "cluster.cpus_per_rank", "cluster.cpus_per_teacher", "cluster.gpus_per_teacher", "seed",
 )  # fmt: skip
+_AT_MOST = {
+    "td.min_avg_logprob": 0, "data.num_threads": 256, "cluster.threads_per_rank": 1024, "cluster.threads_per_teacher": 1024,
+}  # fmt: skip
 _SHARES = ("teacher.min_coverage", "data.max_bad_share", "loss.beta", "optim.min_lr_ratio")
 
 
@@ -68,17 +72,43 @@ def validate(config: Config) -> None:
     for dotted, choices in _CHOICES.items():
         if _get(config, dotted) not in choices:
             raise ValueError(f"{dotted}={_get(config, dotted)}: must be one of {', '.join(map(str, choices))}")
+    _validate_finite(config)
     for dotted in _POSITIVE:
         if not _get(config, dotted) > 0:
             raise ValueError(f"{dotted}={_get(config, dotted)}: must be above 0")
     for dotted in _NOT_NEGATIVE:
         if not _get(config, dotted) >= 0:
             raise ValueError(f"{dotted}={_get(config, dotted)}: must not be negative")
+    for dotted, most in _AT_MOST.items():
+        if not _get(config, dotted) <= most:
+            raise ValueError(f"{dotted}={_get(config, dotted)}: must be at most {most}")
     for dotted in _SHARES:
         if not 0 <= _get(config, dotted) <= 1:
             raise ValueError(f"{dotted}={_get(config, dotted)}: must be between 0 and 1")
     _validate_parts(config)
     _validate_division(config)
+
+
+def _validate_finite(values: Any, prefix: str = "") -> None:
+    """No infinite number and no NaN, in whichever key."""
+    for f in dataclasses.fields(values):
+        value = getattr(values, f.name)
+        if dataclasses.is_dataclass(value):
+            _validate_finite(value, f"{prefix}{f.name}.")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{prefix}{f.name}={value}: must be a finite number")
+
+
+def doubts(config: Config) -> list[str]:
+    """What can be run and is probably not meant, a line each."""
+    steps, warmup = config.train.num_steps, config.optim.warmup_steps
+    if warmup >= steps:
+        return [
+            f"warning: optim.warmup_steps={warmup}: the run ends after {steps} steps (train.num_steps), before the learning "
+            "rate is at its peak; lower one or raise the other"
+        ]
+    return []
 
 
 def _validate_parts(config: Config) -> None:
