@@ -68,7 +68,7 @@ test-teachers: env-dev $(TEACHER_VENV)/test.stamp
 	$(TEACHER_BIN)/python -m pytest -m teacher_env tests/opd/teachers/test_scores.py tests/opd/teachers/test_qwen3_asr.py tests/opd/teachers/test_other_models.py
 	$(BIN)/python -m pytest -m both_envs tests/opd/teachers
 
-# Runs an export under each supported version of transformers and compares the transcripts (1.2 GB per version in .compat/).
+# Runs an export and bench.gpu under each supported version of transformers and compares the transcripts (1.2 GB per version in .compat/).
 compat: env
 	$(BIN)/python scripts/compat.py --torch "$(TORCH)"
 

@@ -7,7 +7,6 @@ at the end are those of a run that nothing happened to. Each run's output is kep
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -20,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from bench.command import Parser, command
 from bench.drill_faults import full_store, killed_node, stuck_store, teacher_halves, teacher_without_memory
 from bench.drill_lab import (
     EVERY,
@@ -215,8 +215,9 @@ DRILLS: dict[str, Callable[[Lab], Outcome]] = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.drills", description=(__doc__ or "").split("\n")[0])
+@command
+def main(argv: list[str]) -> int:
+    parser = Parser("drills", __doc__)
     parser.add_argument("--only", nargs="+", choices=list(DRILLS), help="these drills (and the unbroken run)")
     parser.add_argument("--folder", type=Path, help="where runs and logs are kept; default a new folder")
     options = parser.parse_args(argv)
@@ -247,4 +248,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(None))

@@ -131,12 +131,3 @@ def with_errors(rows: list[list[int]], rate: float, vocab_size: int) -> list[lis
             out[-1] += [] if kind == "d" else [rng.randrange(vocab_size // 2)] if kind == "s" else [token]
             out[-1] += [rng.randrange(vocab_size // 2)] if kind == "i" else []
     return out
-
-
-def bandwidth(device: torch.device, num_bytes: int) -> float:
-    """Bytes read and written a second by a copy of this size: the most that reading weights could reach."""
-    from bench.gpu import seconds_of
-
-    source = torch.empty(num_bytes, dtype=torch.uint8, device=device).fill_(1)
-    target = torch.empty_like(source)
-    return 2 * num_bytes / seconds_of(lambda: target.copy_(source), device, runs=5)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import sys
 import tempfile
 import threading
 import time
@@ -25,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import WhisperFeatureExtractor
 
+from bench.command import command, key_values
 from opd.arkasr import ArkasrConfig, ArkasrForConditionalGeneration, ArkasrProcessor, load_model
 from opd.export import save_arkasr
 from opd.seed import AUDIO_TOKEN, train_tokenizer
@@ -121,13 +121,16 @@ def measured(part: Callable[..., dict[str, float]], arguments: tuple, pipe: Any)
     pipe.send({"seconds": seconds, **peak, **result})
 
 
+@command
 def main(argv: list[str]) -> int:
-    arguments = dict(argument.partition("=")[::2] for argument in argv)
-    name, dtype = arguments.get("config", "06b"), arguments.get("dtype", "bfloat16")
+    arguments = key_values(argv, {"config": "06b", "dtype": "bfloat16", "in_dir": tempfile.gettempdir()})
+    name, dtype = arguments["config"], arguments["dtype"]
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype}: must be one of {', '.join(DTYPES)}")
     config_path = FIXTURES / f"ark_asr_{name}.json" if name in ("06b", "3b") else Path(name).resolve()
     context = multiprocessing.get_context("spawn")
     wrong = 0
-    with tempfile.TemporaryDirectory(dir=arguments.get("in_dir")) as temporary:
+    with tempfile.TemporaryDirectory(dir=arguments["in_dir"]) as temporary:
         print(
             "| part | tensors | different | seconds | peak GiB | peak GiB with pages of files |\n|---|---|---|---|---|---|"
         )
@@ -145,4 +148,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(main(None))

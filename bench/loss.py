@@ -9,12 +9,12 @@ renormalised form is checked against verl's function on the support's logits, an
 
 Every run is a process of its own, on inputs of the same seed. Megabytes are peak resident memory over that at the
 start, less the gradient of the output matrix, which both sides must return. Both sides run once for the check before
-anything is timed; then they take turns.
+anything is timed; then they take turns. Exit status 1 where, at the default sizes, ours needs more than a tenth of the
+memory or of 1.1 times the time, or the renormalised form is less than 6 times as fast.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import resource
 import statistics
@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from bench.command import Parser, command, positive, report_missed
 from bench.tables import Row, print_rows, write_json
 from opd.fused import fused_position_loss
 from opd.schema import LossConfig
@@ -37,6 +38,9 @@ from opd.support import candidate_ids
 OTHER = "verl_forward_kl_topk"
 EOS = 7
 NO_MASS = -60.0  # log-probability of an id that the teacher could write and does not
+DEFAULTS = {"positions": 1536, "vocab_size": 151_936, "width": 896, "top_k": 32, "threads": 2}
+LEAST = {"loss/tail": 1 / 1.1, "loss/renormalized": 6.0}  # times as fast as the other side
+MAX_MEMORY = 0.1  # of the other side's, both without the matrix's gradient
 SIDES = {"loss/tail": (OTHER, "tail"), "loss/renormalized": (f"{OTHER}_on_support", "renormalized")}  # what is compared
 
 
@@ -215,14 +219,15 @@ def check(sizes: Sizes) -> None:
                 raise ValueError(f"{case}: {what} differs from {other}'s by {difference:.1e}")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", help="file that the rows are written to")
-    parser.add_argument("--runs", type=int, default=5)
-    for name, default in (("positions", 1536), ("vocab_size", 151_936), ("width", 896), ("top_k", 32), ("threads", 2)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    arguments = parser.parse_args()
-    sizes = Sizes(*(getattr(arguments, name) for name in ("positions", "vocab_size", "width", "top_k", "threads")))
+@command
+def main(argv: list[str]) -> int:
+    parser = Parser("loss", __doc__)
+    parser.add_argument("--runs", type=positive, default=5)
+    for name, default in DEFAULTS.items():
+        parser.add_argument(f"--{name}", type=positive, default=default)
+    arguments = parser.parse_args(argv)
+    chosen = {name: getattr(arguments, name) for name in DEFAULTS}
+    sizes = Sizes(**chosen)
     print(f"{sizes}, float32, {torch.__version__}, load {os.getloadavg()[0]:.1f}")
     check(sizes)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in (OTHER, "tail", "renormalized")}
@@ -252,8 +257,20 @@ def main() -> int:
     print_rows(rows, notes)
     if arguments.json:
         write_json(rows, arguments.json)
-    return 0
+    return report_missed(missed_targets(rows), are_checked=chosen == DEFAULTS)
+
+
+def missed_targets(rows: list[Row]) -> list[str]:
+    """What is slower or larger than it should be, in words."""
+    missed = []
+    for row in rows:
+        assert row.ratio is not None and row.ours_mb is not None and row.other_mb is not None, "all is measured"
+        if row.ratio < LEAST[row.case]:
+            missed.append(f"{row.case}: {row.ratio:.2f} times as fast, target {LEAST[row.case]:.2f}")
+        if row.ours_mb > MAX_MEMORY * row.other_mb:
+            missed.append(f"{row.case}: {row.ours_mb:,.0f} MB, target {MAX_MEMORY:g} of {row.other_mb:,.0f} MB")
+    return missed
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(None))

@@ -9,7 +9,6 @@ Seconds are those after the imports. The manifests are made in a temporary folde
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import resource
@@ -20,6 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.command import Parser, command, positive
 from bench.tables import Row, print_rows, write_json
 
 PART = 20
@@ -27,13 +27,13 @@ BATCH_SIZE = 32
 TEXT = "it was the best of times the worst of days and we had all before us then as ever"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.manifest")
-    parser.add_argument("--lines", type=int, default=10_000_000)
+@command
+def main(argv: list[str]) -> int:
+    parser = Parser("manifest", __doc__)
+    parser.add_argument("--lines", type=positive, default=10_000_000)
     parser.add_argument("--folder", type=Path, help="where there is room for 160 bytes a line; default: the system's")
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--measure", nargs=2, help="used by this program itself: a stage and a manifest")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.measure:
         stage, path = arguments.measure
         print(json.dumps(measure(stage, Path(path))))
@@ -115,4 +115,4 @@ def measure(stage: str, path: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(None))

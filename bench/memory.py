@@ -12,7 +12,6 @@ and measurement are more than 15 % apart.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import gc
 import json
@@ -22,6 +21,8 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from bench.command import Parser, command
 
 LIMIT = 0.15
 CASES: dict[str, dict[str, dict[str, Any]]] = {
@@ -182,11 +183,14 @@ def estimated(folder: str, name: str) -> dict[str, float]:
     return {"rollout": sum(written.values()), "update": max(sums["update"], sums["optimizer step"])}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", help="file that the rows are written to")
+@command
+def main(argv: list[str]) -> int:
+    parser = Parser("memory", __doc__)
     parser.add_argument("--cases", default=",".join(CASES))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    cases = arguments.cases.split(",")
+    if unknown := set(cases) - set(CASES):
+        parser.error(f"--cases: there is no {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
     # Read by the C library when a process starts: blocks from 64 kB on go back to the system when they are freed.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -198,7 +202,7 @@ def main() -> int:
         for folder, sizes in zip(folders, (TINY, SIZES), strict=True):
             create_seed(folder, sizes=sizes, corpus=["one two three"], vocab_size=VOCAB_SIZE, seed=0)
         print("| case | phase | estimated, MB | measured, MB | estimated / measured |\n|---|---|---|---|---|")
-        for name in arguments.cases.split(","):
+        for name in cases:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 found = pool.submit(measure, folders, name).result()
             expected = estimated(folders[1], name)
@@ -220,4 +224,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(None))

@@ -9,12 +9,12 @@ interrupted one is taken up again.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
+from bench.command import Parser, command, count
 from bench.quality import ROOT, SET, run
 from bench.tables import Row, print_rows, write_json
 
@@ -35,11 +35,11 @@ def measure(schedule: str, seed: int, out_dir: Path, keys: list[str]) -> dict[st
     return figures
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.overlap", description=(__doc__ or "").split("\n")[0])
+@command
+def main(argv: list[str]) -> int:
+    parser = Parser("overlap", __doc__)
     parser.add_argument("keys", nargs="*", metavar="section.key=value", help="what differs from recipe=tiny")
-    parser.add_argument("--json", metavar="FILE", help="write the rows there")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=count, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out_dir", type=Path, default=ROOT / "runs" / "overlap")
     options = parser.parse_args(argv)
     done: dict[str, list[dict[str, Any]]] = {OURS: [], OTHER: []}
@@ -65,4 +65,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(None))

@@ -13,7 +13,6 @@ cost (bench/drafts.py).
 
 from __future__ import annotations
 
-import argparse
 import copy
 import random
 import statistics
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 from kaldialign import edit_distance
 
+from bench.command import Parser, command, count, positive, report_missed
 from bench.drafts import widen, with_errors
 from bench.tables import Row, print_rows, write_json
 from data.audio import load_audio
@@ -244,14 +244,14 @@ def measure(case: str, scene: Scene, rate: float | None, runs: int) -> tuple[Row
     return row, note, forwards / tokens
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.rollout", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", metavar="FILE", help="write the rows there")
+@command
+def main(argv: list[str]) -> int:
+    parser = Parser("rollout", __doc__)
     parser.add_argument("--model", default=str(ROOT / "seeds" / "sentence_student"), help="an ARK-ASR folder")
-    parser.add_argument("--batches", type=int, default=4, help="batches of 16")
-    parser.add_argument("--large", type=int, default=1, help="batches of the large model; 0 leaves it out")
-    parser.add_argument("--runs", type=int, default=5, help="runs of which the median is taken")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batches", type=positive, default=4, help="batches of 16")
+    parser.add_argument("--large", type=count, default=1, help="batches of the large model; 0 leaves it out")
+    parser.add_argument("--runs", type=positive, default=5, help="runs of which the median is taken")
+    parser.add_argument("--threads", type=positive, default=2)
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     rows, notes, failed = [], {}, []
@@ -277,9 +277,8 @@ def main(argv: list[str] | None = None) -> int:
     print_rows(rows, notes)
     if options.json:
         write_json(rows, options.json)
-    print("\n".join(failed) or "all targets are met")
-    return 1 if failed else 0
+    return report_missed(failed)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(None))

@@ -7,15 +7,14 @@ Ends with status 1 where a language takes more than LIMIT_S: an evaluation must 
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import jiwer
 
+from bench.command import Parser, command
 from bench.tables import Row, print_rows, write_json
 from opd.evaluate import score_transcripts
 
@@ -48,10 +47,9 @@ def measure() -> list[Row]:
     return rows
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.scoring")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+@command
+def main(argv: list[str]) -> int:
+    arguments = Parser("scoring", __doc__).parse_args(argv)
     rows = measure()
     print_rows(rows)
     if arguments.json:
@@ -63,4 +61,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(None))

@@ -17,7 +17,6 @@ step of a case, tokens and loss at all of them. The sides take turns.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -33,6 +32,7 @@ from typing import Any
 
 import torch
 
+from bench.command import Parser, command, count, positive, report_missed
 from bench.plain_step import PlainSide
 from bench.tables import Row, print_rows, write_json
 from data.audio import load_audio
@@ -308,15 +308,15 @@ def overhead(prefix: str, num_steps: int, keys: list[str]) -> tuple[Row, str]:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.step", description=(__doc__ or "").split("\n")[0])
+@command
+def main(argv: list[str]) -> int:
+    parser = Parser("step", __doc__)
     parser.add_argument("keys", nargs="*", metavar="section.key=value", help="what differs from recipe=tiny")
-    parser.add_argument("--json", metavar="FILE", help="write the rows there")
     parser.add_argument("--prefix", default="step", help="of the cases' names; another one for another task")
-    parser.add_argument("--steps", type=int, default=16, help="timed steps of a case")
-    parser.add_argument("--epoch", type=int, default=0, help="batches of an epoch; 0 = all utterances of the recipe")
-    parser.add_argument("--overhead_steps", type=int, default=60, help="steps of the real run; 0 = leave it out")
-    parser.add_argument("--threads", type=int, default=1, help="as a rank of the recipe has")
+    parser.add_argument("--steps", type=positive, default=16, help="timed steps of a case")
+    parser.add_argument("--epoch", type=count, default=0, help="batches of an epoch; 0 = all utterances of the recipe")
+    parser.add_argument("--overhead_steps", type=count, default=60, help="steps of the real run; 0 = leave it out")
+    parser.add_argument("--threads", type=positive, default=1, help="as a rank of the recipe has")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     config = resolve(load_config(["recipe=tiny", *options.keys]))
@@ -360,9 +360,8 @@ def main(argv: list[str] | None = None) -> int:
     print_rows(rows, notes)
     if options.json:
         write_json(rows, options.json)
-    print("\n".join(failed) or "all targets are met")
-    return 1 if failed else 0
+    return report_missed(failed)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(None))

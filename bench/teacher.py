@@ -7,13 +7,15 @@ of the student's top-k, the mass beyond both, entropy and unmapped mass. The oth
 logits at all positions of the padded batch, their log-softmax, top-k and gather. Both are checked to give the same
 numbers, then take turns. Megabytes are peak resident memory over that at the start, each side in a process of its own.
 
+Exit status 1 where ours is less than 0.9 times as fast (teacher/large_vocab: 1.5 times), or needs more than a quarter of
+the memory at the large vocabulary.
+
 teacher/tiny          seeds/tiny_teacher on what seeds/tiny_student writes for 32 utterances of synthetic speech
 teacher/large_vocab   a random decoder 512 wide with 8 layers and 151,936 ids: 4 utterances of 10 s with 40 tokens each
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -28,6 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bench.command import Parser, command, positive, report_missed
 from bench.loss import peak_bytes, reset_peak
 from bench.plain_step import logprobs, token_tables
 from bench.tables import Row, print_rows, write_json
@@ -45,6 +48,8 @@ from opd.vocab import blocked_mask
 
 OTHER = "full_logits"
 TOP_K = 32
+LEAST = {"teacher/tiny": 0.9, "teacher/large_vocab": 1.5}  # times as fast as the other side
+MAX_MEMORY = {"teacher/large_vocab": 0.25}  # of the other side's
 Scores = dict[str, torch.Tensor]
 
 
@@ -241,11 +246,11 @@ def compare(case: str, scene: Scene, runs: int) -> tuple[Row, str]:
     return Row(case, own_s, OTHER, other_s, other_s / own_s), note
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.teacher", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", metavar="FILE", help="write the rows there")
-    parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1, help="as a teacher of the tiny recipe has")
+@command
+def main(argv: list[str]) -> int:
+    parser = Parser("teacher", __doc__)
+    parser.add_argument("--runs", type=positive, default=7)
+    parser.add_argument("--threads", type=positive, default=1, help="as a teacher of the tiny recipe has")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     print(f"{options.threads} threads, float32, load {os.getloadavg()[0]:.1f}")
@@ -262,8 +267,22 @@ def main(argv: list[str] | None = None) -> int:
     print_rows(rows, notes)
     if options.json:
         write_json(rows, options.json)
-    return 0
+    return report_missed(missed_targets(rows))
+
+
+def missed_targets(rows: list[Row]) -> list[str]:
+    """What is slower or larger than it should be, in words."""
+    missed = []
+    for row in rows:
+        assert row.ratio is not None and row.ours_mb is not None and row.other_mb is not None, "all is measured"
+        if row.ratio < LEAST[row.case]:
+            missed.append(f"{row.case}: {row.ratio:.2f} times as fast, target {LEAST[row.case]:g}")
+        if row.case in MAX_MEMORY and row.ours_mb > MAX_MEMORY[row.case] * row.other_mb:
+            missed.append(
+                f"{row.case}: {row.ours_mb:,.0f} MB, target {MAX_MEMORY[row.case]:g} of {row.other_mb:,.0f} MB"
+            )
+    return missed
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(None))

@@ -16,8 +16,10 @@ from pathlib import Path
 import torch
 
 from data.audio import load_audio
+from data.command_line import key_values, wants_help
 from data.manifest import read_manifest
 from data.synthetic import ensure_digits
+from opd.arkasr.loading import named_by
 from opd.batch_transcribe import measure, plan_batches, transcribe_batches
 from opd.transcribe import Transcriber
 
@@ -27,11 +29,30 @@ ROOT = Path(__file__).parent.parent
 
 
 def main(argv: list[str]) -> int:
-    options = {"clips": "500", "batch_size": "40", "model": str(ROOT / "seeds" / "tiny_teacher")}
-    options |= dict(argument.split("=", 1) for argument in argv)
-    batch_size = int(options["batch_size"])
-    clips = list(enumerate(read_manifest(ensure_digits()["unseen_voices"])[: int(options["clips"])]))
-    transcriber = Transcriber(options["model"])
+    if wants_help(argv):
+        print(__doc__)
+        return 0
+    try:
+        options = key_values(argv, ("clips", "batch_size", "model"))
+        num_clips, batch_size = _count(options, "clips", 500), _count(options, "batch_size", 40)
+        with named_by("model=", model := options.get("model") or str(ROOT / "seeds" / "tiny_teacher")):
+            transcriber = Transcriber(model)
+        clips = list(enumerate(read_manifest(ensure_digits()["unseen_voices"])[:num_clips]))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return compare(transcriber, clips, batch_size)
+
+
+def _count(options: dict[str, str], key: str, default: int) -> int:
+    value = options.get(key, str(default))
+    if not value.isdecimal() or int(value) < 1:
+        raise ValueError(f"{key}={value}: must be a whole number from 1 on")
+    return int(value)
+
+
+def compare(transcriber: Transcriber, clips: list, batch_size: int) -> int:
+    """Prints the times of both ways; returns the exit status."""
     seconds, _ = measure(clips)
     in_loop(transcriber, clips[:4])  # both paths once, so that neither pays for the first call
     in_batches(transcriber, clips[:4], seconds, batch_size)

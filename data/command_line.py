@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Collection, Iterable
+from pathlib import Path
 
 
 def key_values(arguments: Iterable[str], known: Collection[str]) -> dict[str, str]:
@@ -20,6 +22,24 @@ def key_values(arguments: Iterable[str], known: Collection[str]) -> dict[str, st
 
 def wants_help(arguments: Collection[str]) -> bool:
     return not {"-h", "--help"}.isdisjoint(arguments)
+
+
+def check_writable(key: str, path: Path, *, is_folder: bool = False) -> None:
+    """Makes the folder that a command is to write `path` in (or `path` itself) and tries it, before any work is done.
+
+    Raises ValueError that begins with the key as it was given, such as "out=" or "--output ".
+    """
+    if path.is_dir() and not is_folder:
+        raise ValueError(f"{key}{path}: is a folder: name a file")
+    folder = path if is_folder else path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass  # without a name: nothing is to be seen of it
+    except OSError as error:
+        raise ValueError(
+            f"{key}{path}: cannot be written ({folder}: {error.strerror}); choose a writable place"
+        ) from error
 
 
 def one_of(values: dict[str, str], key: str, *choices: str) -> str:

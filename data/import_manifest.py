@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from data.command_line import key_values, one_of, wants_help
+from data.command_line import check_writable, key_values, one_of, wants_help
 from data.import_audio import AudioStore, Skipped
 from data.import_columns import Columns
 from data.import_kaldi import read_kaldi
@@ -115,6 +115,7 @@ def import_manifest(
     source, out, options = Path(source), Path(out), options or ImportOptions()
     if out.exists() and not options.overwrite:
         raise ValueError(f"out={out}: exists already: choose another name, or replace it with overwrite=true")
+    check_writable("out=", out)
     store = AudioStore((options.audio_dir or out.with_name(f"{out.stem}_audio")).absolute())
     rows = _open_source(source, options)
     if rows.audio_column is not None:

@@ -45,6 +45,7 @@ def trim(samples: np.ndarray) -> np.ndarray:
 
 
 def rms(samples: np.ndarray) -> float:
+    """Root mean square of [samples], in their unit (1 is full scale); never 0, so that one may divide by it."""
     return float(np.sqrt(np.mean(np.square(samples, dtype=np.float64)))) + 1e-12
 
 

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from data.checks import LEVELS, Checked, Limits, check_utterance
-from data.command_line import key_values, one_of, wants_help
+from data.command_line import check_writable, key_values, one_of, wants_help
 from data.manifest import parse_line, to_utterance
 from data.validation_report import Finding, Totals, print_report, write_report
 from opd.types import Utterance
@@ -187,9 +187,7 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError("no manifest is given: python -m data.validate manifest.jsonl [more.jsonl ...]")
         report = Path(values["report"]) if values.get("report") else None
         if report is not None:
-            if report.is_dir():
-                raise ValueError(f"report={report}: is a folder: name a file")
-            report.parent.mkdir(parents=True, exist_ok=True)
+            check_writable("report=", report)
         validation = validate(manifests, limits, int(workers))
         print_report(validation.findings, validation.totals)
         if report is not None:

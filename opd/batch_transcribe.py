@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data.audio import BadAudio, audio_seconds, load_audio
+from data.command_line import check_writable
 from data.manifest import parse_line, read_rows
 from opd.results import SetResult
 from opd.transcribe import SAMPLING_RATE, DecodeSettings, PreparedBatch, Transcriber
@@ -124,7 +125,7 @@ class Journal:
         """
         self.job = job
         self.done: dict[int, Outcome] = {}
-        job.output.parent.mkdir(parents=True, exist_ok=True)
+        check_writable("--output ", job.output)
         if job.journal.exists() and not overwrite:
             self._read()
         if self.done:

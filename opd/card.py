@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from data.sound import HUGGINGFACE_PREFIX
 from opd.text import resolve_language
 
 PIPELINE_TAG = "automatic-speech-recognition"
@@ -27,6 +28,7 @@ PIPELINE_TAG = "automatic-speech-recognition"
 LOCAL_PATH, TRUST_CODE = 'path = "."  # this folder', "trust_remote_code=True"
 EVAL_RESULTS_DIR, EVAL_RESULTS_PREFIX = ".eval_results", "opd-"
 NOT_IN_TABLES = ("eval", "config", "license", "base_model", "datasets", "languages", "eval_datasets")
+OF_THIS_MACHINE = ("run_dir", "export_dir")  # in the facts or in the config: of no meaning anywhere else
 
 
 def write_model_card(out_dir: str | os.PathLike, facts: Mapping[str, Any]) -> Path:
@@ -44,6 +46,9 @@ def write_model_card(out_dir: str | os.PathLike, facts: Mapping[str, Any]) -> Pa
     languages      codes or English names; by default data.default_language
     eval_datasets  {set: "ORG/DATASET:TASK"}: the set is that task of that benchmark on the Hub
     anything else  a row of the table of facts
+
+    The card is for the public: of a local path it tells the last part only, and nothing of OF_THIS_MACHINE. Numbers are
+    rounded among the facts, and exact among the settings.
 
     `.eval_results/opd-<set>.yaml` is the Hub's own format (https://huggingface.co/docs/hub/eval-results). It names a
     benchmark data set of the Hub and a task of its eval.yaml, and the Hub lists the value on that leaderboard. A manifest
@@ -236,11 +241,12 @@ def _text(facts: Mapping[str, Any]) -> str:
     sections = ["# ARK-ASR student", _introduction(facts), USAGE]
     if facts.get("eval"):
         sections.append("## Results\n\n" + _results_table(facts["eval"]))
-    plain = {key: value for key, value in facts.items() if key not in NOT_IN_TABLES and value is not None}
+    left_out = (*NOT_IN_TABLES, *OF_THIS_MACHINE)
+    plain = {key: value for key, value in facts.items() if key not in left_out and value is not None}
     if plain:
-        sections.append("## Facts\n\n" + _table(("fact", "value"), _flatten(plain)))
-    if facts.get("config"):
-        sections.append("## Settings\n\n" + _table(("key", "value"), _flatten(facts["config"])))
+        sections.append("## Facts\n\n" + _table(("fact", "value"), _flatten(plain, _rounded)))
+    if settings := {key: value for key, value in (facts.get("config") or {}).items() if key not in OF_THIS_MACHINE}:
+        sections.append("## Settings\n\n" + _table(("key", "value"), _flatten(settings)))
     return "\n\n".join(sections)
 
 
@@ -278,14 +284,38 @@ def _results_table(evaluation: Mapping[str, Any]) -> str:
     return _table(("set", "WER / CER before", "WER / CER after", "teacher"), rows)
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def _flatten(
+    values: Mapping[str, Any], number: Callable[[float], float] = float, prefix: str = ""
+) -> list[tuple[str, str]]:
+    """Rows (dotted key, value); `number` is applied to every float."""
     rows: list[tuple[str, str]] = []
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            rows += _flatten(value, f"{prefix}{key}.")
+            rows += _flatten(value, number, f"{prefix}{key}.")
         else:
-            rows.append((f"{prefix}{key}", str(value)))
+            rows.append((f"{prefix}{key}", str(_public(value, number))))
     return rows
+
+
+def _public(value: Any, number: Callable[[float], float]) -> Any:
+    if isinstance(value, list | tuple):
+        return [_public(item, number) for item in value]
+    if isinstance(value, str):  # several paths may stand in one text, as those of the teachers do
+        return ", ".join(_without_folders(part) for part in value.split(", "))
+    return number(value) if isinstance(value, float) else value
+
+
+def _without_folders(text: str) -> str:
+    """The last part of a local path, that of a Hugging Face data set included; any other text as it is."""
+    prefix = HUGGINGFACE_PREFIX if text.startswith(HUGGINGFACE_PREFIX) else ""
+    path, mark, query = text.removeprefix(prefix).partition("?") if prefix else (text, "", "")
+    is_local = path.startswith(("~", "./", "../")) or (path.startswith("/") and path.count("/") > 1)
+    return f"{prefix}{Path(path).name}{mark}{query}" if is_local else text
+
+
+def _rounded(value: float) -> float:
+    """Two decimals; below 1, two digits that count."""
+    return round(value, 2) if abs(value) >= 1 else float(f"{value:.2g}")
 
 
 def _table(head: tuple[str, ...], rows: Any) -> str:

@@ -31,10 +31,13 @@ CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".lock"
 LOOP_STATE = "loop_state.json"
 _STEP_NAME = re.compile(r"step-(\d{6,})")
+_RESTORE = f"restore it (every checkpoint has a copy of it, {CONFIG_FILE}), or choose another run_dir"
 
 
 class RunDir:
     """Everything that one run leaves on disk. Made by `RunDir.open`; holds the run's lock until `close`.
+
+    Made with lock_fd=None, it is for reading only.
 
     Steps are counts of finished optimizer steps: checkpoint 500 is the state after step 500.
     """
@@ -169,7 +172,7 @@ class RunDir:
 
         Damaged ones are skipped with a warning.
         """
-        for step in reversed(self._complete_steps()):
+        for step in reversed(self.complete_steps()):
             if step in self._sound:
                 return step
             problem = damage(self.checkpoint_path(step), contents=True)
@@ -179,10 +182,22 @@ class RunDir:
             self._report(step, problem)
         return None
 
+    def complete_steps(self) -> list[int]:
+        """Steps of the checkpoints whose files are all there and as long as they were; the others are warned of."""
+        complete = []
+        for step in self._saved_steps():
+            path = self.checkpoint_path(step)
+            problem = damage(path)
+            if problem is None:
+                complete.append(step)
+            else:
+                self._report(step, problem)
+        return complete
+
     def best(self) -> tuple[int, float] | None:
         """(step, wer) of the complete checkpoint with the lowest evaluation WER, the earliest of equals, or None."""
         evals = self._evals()
-        saved = [(evals[step], step) for step in self._complete_steps() if step in evals]
+        saved = [(evals[step], step) for step in self.complete_steps() if step in evals]
         if not saved:
             return None
         wer, step = min(saved)
@@ -229,17 +244,6 @@ class RunDir:
         matches = (_STEP_NAME.fullmatch(entry.name) for entry in self.checkpoints_dir.glob("step-*"))
         return sorted(int(match[1]) for match in matches if match)
 
-    def _complete_steps(self) -> list[int]:
-        complete = []
-        for step in self._saved_steps():
-            path = self.checkpoint_path(step)
-            problem = damage(path)
-            if problem is None:
-                complete.append(step)
-            else:
-                self._report(step, problem)
-        return complete
-
     def _report(self, step: int, problem: str) -> None:
         path = self.checkpoint_path(step)
         if path.name not in self._reported:
@@ -250,7 +254,7 @@ class RunDir:
         config_path = self.path / CONFIG_FILE
         if not config_path.exists():
             return
-        saved = _with_defaults(_load_config(config_path), defaults or {})
+        saved = with_defaults(load_saved_config(config_path), defaults or {})
         now = yaml.safe_load(yaml.safe_dump(self.config))  # tuples and the like, as they come back from a file
         if saved.get("recipe") != now.get("recipe"):
             raise ValueError(
@@ -286,7 +290,7 @@ class RunDir:
             pointer.unlink(missing_ok=True)
 
     def _apply_retention(self) -> None:
-        steps = self._complete_steps()
+        steps = self.complete_steps()
         kept = set(steps[-self.keep_last :])
         best = self.best()
         if best is not None:
@@ -336,17 +340,20 @@ def _not_writable(path: Path, error: OSError) -> ValueError:
     return ValueError(f"run_dir={path}: it cannot be made or written ({error.strerror}); choose a writable place")
 
 
-def _load_config(path: Path) -> dict[str, Any]:
+def load_saved_config(path: Path) -> dict[str, Any]:
+    """The config.yaml of a run directory. Raises ValueError where it cannot be read."""
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: the saved config cannot be read: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"{path}: the saved config cannot be read ({' '.join(str(error).split())}); {_RESTORE}"
+        ) from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path}: the saved config is not a mapping of keys to values; choose another run_dir")
+        raise ValueError(f"{path}: the saved config is not a mapping of keys to values; {_RESTORE}")
     return config
 
 
-def _with_defaults(saved: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+def with_defaults(saved: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """The saved config with sections, and keys of sections, that it lacks."""
     filled = defaults | saved
     for name, section in defaults.items():

@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +38,17 @@ from opd.schema import Config
 from opd.tables import print_comparison
 from opd.text import scored_language
 
-KEYS = ("seeds", "eval_set", "base_arm", "equal_cpu", "arms", "settings")
 EQUAL_CPU = "-equal-cpu"
 REPLICATIONS = 10_000
 LEVEL = 95.0  # of the intervals, %
+_FORMS: dict[str, tuple[type, str]] = {  # key of `compare` -> its type, and what an error says of it
+    "seeds": (list, "a list of whole numbers, such as [0, 1, 2]"),
+    "eval_set": (str, "the name of a set of data.eval_manifests"),
+    "base_arm": (str, "the name of an arm, such as opd"),
+    "equal_cpu": (list, "a list of arms, such as [more_sft]"),
+    "arms": (dict, "a mapping of arms to what differs, such as {more_sft: {stage: sft}, opd: {}}"),
+    "settings": (dict, "a mapping of settings to their change and arms, such as {noisy: {change: {...}, arms: {...}}}"),
+}
 
 
 @dataclass(frozen=True)
@@ -53,62 +61,116 @@ class Arm:
     config: Config
 
 
+@dataclass(frozen=True)
+class Finished:
+    """The config of a run and its summary."""
+
+    config: Config
+    summary: dict[str, Any]
+
+
 def arm_configs(config: Config) -> list[Arm]:
-    """All runs of a comparison with their steps as configured. Raises ValueError for what is missing or unknown."""
+    """All runs of a comparison with their steps as configured. Raises ValueError for what is missing, wrong or unknown."""
     compare = _checked(config)
     base = dataclasses.replace(config, compare={}, stages=[], ladder={})
     arms = []
-    for setting, values in (compare.get("settings") or {"default": {}}).items():
-        where = f"compare.settings.{setting}"
-        if unknown := sorted((values or {}).keys() - {"change", "arms"}):
-            raise ValueError(f"{where}: unknown key {unknown[0]}; a setting has change and arms")
-        own = (values or {}).get("arms") or {name: {} for name in compare["arms"]}
+    settings = _mapping(compare.get("settings"), "compare.settings", "{noisy: {change: {...}}}")
+    for setting, values in (settings or {"default": {}}).items():
+        form = "{change: {...}, arms: {...}}"
+        configs = _setting_configs(base, compare, setting, _mapping(values, f"compare.settings.{setting}", form))
         for seed in compare["seeds"]:
-            for name, further in own.items():
-                if name not in compare["arms"]:
-                    raise ValueError(f"{where}.arms: unknown arm {name}; there are {', '.join(compare['arms'])}")
-                folder = {"run_dir": f"{config.run_dir}/{setting}/seed-{seed}/{name}"} if config.run_dir else {}
-                changes = [
-                    (values or {}).get("change") or {}, compare["arms"][name] or {}, further or {}, {"seed": seed}, folder,
-                ]  # fmt: skip
-                arms.append(Arm(setting, seed, name, derive(base, changes, f"compare.arms.{name}")))
+            for name, one in configs.items():
+                folder = f"{config.run_dir}/{setting}/seed-{seed}/{name}" if config.run_dir else None
+                arms.append(Arm(setting, seed, name, dataclasses.replace(one, seed=seed, run_dir=folder)))
     return arms
+
+
+def _setting_configs(base: Config, compare: dict[str, Any], setting: str, values: dict[str, Any]) -> dict[str, Config]:
+    """Arm -> its config, of the arms that run in a setting."""
+    where = f"compare.settings.{setting}"
+    if unknown := sorted(values.keys() - {"change", "arms"}):
+        raise ValueError(f"{where}: unknown key {unknown[0]}; a setting has change and arms")
+    own = _mapping(values.get("arms"), f"{where}.arms", "{opd: {}}") or dict.fromkeys(compare["arms"], {})
+    for name in own:
+        if name not in compare["arms"]:
+            raise ValueError(f"{where}.arms: unknown arm {name}; there are {', '.join(compare['arms'])}")
+    if compare["base_arm"] not in own:
+        raise ValueError(
+            f"{where}.arms: {compare['base_arm']} is missing, the base arm that all others are compared with; add "
+            f"{compare['base_arm']}: {{}}"
+        )
+    changed = derive(base, [_mapping(values.get("change"), f"{where}.change")], f"{where}.change")
+    configs = {}
+    for name, further in own.items():
+        arm, in_setting = f"compare.arms.{name}", f"{where}.arms.{name}"
+        one = derive(changed, [_mapping(compare["arms"][name], arm)], arm)
+        configs[name] = derive(one, [_mapping(further, in_setting)], in_setting)
+        if compare["eval_set"] not in configs[name].data.eval_manifests:
+            raise ValueError(
+                f"compare.eval_set={compare['eval_set']}: not in data.eval_manifests of arm {name} in setting {setting}, "
+                f"which has {', '.join(configs[name].data.eval_manifests) or 'none'}"
+            )
+    return configs
+
+
+def _mapping(value: Any, where: str, example: str = "{optim: {lr: 1.0e-4}}") -> dict[str, Any]:
+    """A mapping with names as its keys; null is an empty one. Raises ValueError for anything else."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"{where}={value}: must be a mapping by name, such as {example}")
+    return value
 
 
 def _checked(config: Config) -> dict[str, Any]:
     compare = config.compare
-    if unknown := sorted(compare.keys() - set(KEYS)):
-        raise ValueError(f"compare: unknown key {unknown[0]}; keys are {', '.join(KEYS)}")
+    if config.stages:
+        raise ValueError(
+            f"stages={config.stages} and compare are both given: a comparison runs its arms and no stages; leave one out "
+            "(stages=[] or compare={})"
+        )
+    if unknown := sorted(compare.keys() - _FORMS.keys()):
+        raise ValueError(f"compare: unknown key {unknown[0]}; keys are {', '.join(_FORMS)}")
+    for name, (form, meaning) in _FORMS.items():
+        if compare.get(name) is not None and not isinstance(compare[name], form):
+            raise ValueError(f"compare.{name}={compare[name]}: must be {meaning}")
     for name in ("seeds", "eval_set", "base_arm", "arms"):
         if not compare.get(name):
-            raise ValueError(f"compare.{name} is missing; opd/compare.py shows the form")
-    if not all(isinstance(seed, int) for seed in compare["seeds"]):
-        raise ValueError(f"compare.seeds={compare['seeds']}: must be whole numbers")
-    for name in (compare["base_arm"], *(compare.get("equal_cpu") or [])):
-        if name not in compare["arms"]:
-            raise ValueError(f"compare: {name} is no arm; there are {', '.join(compare['arms'])}")
-    if compare["eval_set"] not in config.data.eval_manifests:
-        raise ValueError(f"compare.eval_set={compare['eval_set']}: not in data.eval_manifests")
+            raise ValueError(f"compare.{name} is missing: give {_FORMS[name][1]}")
+    _mapping(compare["arms"], "compare.arms", "{opd: {}}")
+    seeds = compare["seeds"]
+    if not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds):
+        raise ValueError(f"compare.seeds={seeds}: must be {_FORMS['seeds'][1]}")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"compare.seeds={seeds}: a seed stands twice, and would count as two runs; give each once")
+    for key, names in (("base_arm", [compare["base_arm"]]), ("equal_cpu", compare.get("equal_cpu") or [])):
+        for name in names:
+            if name not in list(compare["arms"]):
+                raise ValueError(f"compare.{key}: {name} is no arm; there are {', '.join(compare['arms'])}")
     return compare
 
 
 def run_comparison(config: Config, train: Callable[[Config], dict[str, Any]]) -> dict[str, Any]:
-    """Runs all arms; `train` runs one. Writes <run_dir>/summary.json, prints and returns the tables."""
+    """Runs all arms; `train` runs one. Writes <run_dir>/summary.json, prints and returns the tables.
+
+    Raises ValueError before the first arm for what a later one could not run with, as far as it is there already.
+    """
+    from opd.ahead import check_ahead  # what only a run needs; `arm_configs` is asked of every config
+
     config = with_run_dir(config)
     run_dir = Path(str(config.run_dir))
-    results: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for arm in arm_configs(config):
+    check_ahead(config)
+    results: dict[str, dict[str, list[Finished]]] = {}
+    arms = arm_configs(config)
+    for arm in arms:
         _run(arm, train, results)
-    base_arm = config.compare["base_arm"]
-    for arm in arm_configs(config):
-        if arm.name in (config.compare.get("equal_cpu") or []) and base_arm in results[arm.setting]:
-            _run(_with_equal_cpu(arm, results[arm.setting], base_arm), train, results)
-    tables = {
-        setting: compare_arms(rows, base_arm, config.compare["eval_set"], config.eval.normaliser)
-        for setting, rows in results.items()
-    }
+    compare, base_arm = config.compare, config.compare["base_arm"]
+    repeated = [arm for arm in arms if arm.name in (compare.get("equal_cpu") or [])]
+    for arm in [_with_equal_cpu(arm, results[arm.setting], base_arm) for arm in repeated]:
+        _run(arm, train, results)
+    tables = {setting: compare_arms(rows, base_arm, compare["eval_set"]) for setting, rows in results.items()}
     summary = {
-        "recipe": config.recipe_name, "seeds": config.compare["seeds"], "eval_set": config.compare["eval_set"],
+        "recipe": config.recipe_name, "seeds": compare["seeds"], "eval_set": compare["eval_set"],
         "base_arm": base_arm, "settings": tables,
     }  # fmt: skip
     atomic_write_text(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -117,17 +179,28 @@ def run_comparison(config: Config, train: Callable[[Config], dict[str, Any]]) ->
     return summary
 
 
-def _run(arm: Arm, train: Callable[[Config], dict[str, Any]], results: dict) -> None:
+def _run(arm: Arm, train: Callable[[Config], dict[str, Any]], results: dict[str, dict[str, list[Finished]]]) -> None:
     print(f"== {arm.setting}, seed {arm.seed}, {arm.name} ==", flush=True)
-    results.setdefault(arm.setting, {}).setdefault(arm.name, []).append(train(arm.config))
+    finished = Finished(arm.config, train(arm.config))
+    results.setdefault(arm.setting, {}).setdefault(arm.name, []).append(finished)
 
 
-def _with_equal_cpu(arm: Arm, rows: dict[str, list[dict[str, Any]]], base_arm: str) -> Arm:
-    """The arm with as many steps as the base arm's processor time allows; the median over the seeds, so all have as many."""
-    budget = statistics.median(_cpu(row) for row in rows[base_arm])
-    fixed = statistics.median(_cpu_before_training(row) for row in rows[arm.name])
-    per_step = statistics.median((_cpu(row) - _cpu_before_training(row)) / row["steps"] for row in rows[arm.name])
-    steps = max(1, round((budget - fixed) / per_step))
+def _with_equal_cpu(arm: Arm, rows: dict[str, list[Finished]], base_arm: str) -> Arm:
+    """The arm with as many steps as the base arm's processor time allows; the median over the seeds, so all have as many.
+
+    Raises ValueError where that is less than one step.
+    """
+    own = [finished.summary for finished in rows[arm.name]]
+    budget = statistics.median(_cpu(finished.summary) for finished in rows[base_arm])
+    fixed = statistics.median(_cpu_before_training(row) for row in own)
+    per_step = statistics.median((_cpu(row) - _cpu_before_training(row)) / row["steps"] for row in own)
+    steps = round((budget - fixed) / per_step)
+    if steps < 1:
+        raise ValueError(
+            f"compare.equal_cpu: in setting {arm.setting}, {arm.name} takes {fixed:.0f} s of processor time before its first "
+            f"step and {per_step:.2g} s for each, but {base_arm} takes only {budget:.0f} s in all; take {arm.name} out of "
+            "compare.equal_cpu and start again with the same run_dir: what has run is kept"
+        )
     name = arm.name + EQUAL_CPU
     change = {"train": {"num_steps": steps}, "run_dir": f"{arm.config.run_dir}{EQUAL_CPU}"}
     return dataclasses.replace(arm, name=name, config=derive(arm.config, [change], name))
@@ -142,13 +215,12 @@ def _cpu_before_training(summary: dict[str, Any]) -> float:
     return summary["cpu_seconds"]["teacher"] if summary["stage"] == "td" else 0.0
 
 
-def compare_arms(
-    rows: dict[str, list[dict[str, Any]]], base_arm: str, eval_set: str, normaliser: str
-) -> list[dict[str, Any]]:
+def compare_arms(rows: dict[str, list[Finished]], base_arm: str, eval_set: str) -> list[dict[str, Any]]:
     """One row per arm: mean WER over the seeds, its spread, the difference to the base arm with its interval."""
-    errors = {name: _errors(summaries, eval_set, normaliser) for name, summaries in rows.items()}
+    errors = {name: _errors(finished, eval_set) for name, finished in rows.items()}
     table = []
-    for name, summaries in rows.items():
+    for name, finished in rows.items():
+        summaries = [one.summary for one in finished]
         wers = [summary["eval"][eval_set]["after"]["wer"] for summary in summaries]
         row: dict[str, Any] = {
             "arm": name,
@@ -160,23 +232,25 @@ def compare_arms(
             "cpu_seconds": statistics.mean(_cpu(summary) for summary in summaries),
             "seconds": statistics.mean(summary["seconds"]["total"] for summary in summaries),
         }
-        if name != base_arm and base_arm in errors:
+        if name != base_arm:
             row |= paired_bootstrap(errors[name], errors[base_arm])
         table.append(row)
     return table
 
 
-def _errors(summaries: Sequence[dict[str, Any]], eval_set: str, normaliser: str) -> dict[str, tuple[int, int]]:
-    """Utterance id -> (word errors summed over the seeds, reference words times the seeds)."""
+def _errors(runs: Sequence[Finished], eval_set: str) -> dict[str, tuple[int, int]]:
+    """Utterance id -> (word errors summed over the seeds, reference words times the seeds), by the rules of each run."""
     counts: dict[str, tuple[int, int]] = {}
-    for summary in summaries:
+    for finished in runs:
+        summary, config = finished.summary, finished.config
         run_dir = Path(summary["export_dir"]).parent
         lines = (run_dir / f"transcripts-{eval_set}.jsonl").read_text(encoding="utf-8").split("\n")
         texts = {row["id"]: row["pred_text"] for row in map(json.loads, filter(None, lines))}
-        for utterance in open_manifest(summary["eval_manifests"][eval_set], require_text=True):
+        manifest, default = summary["eval_manifests"][eval_set], config.data.default_language
+        for utterance in open_manifest(manifest, require_text=True, default_language=default):
             if utterance.id in texts:
                 language = scored_language(utterance.language)
-                one = utterance_errors(str(utterance.text), texts[utterance.id], language, normaliser)
+                one = utterance_errors(str(utterance.text), texts[utterance.id], language, config.eval.normaliser)
                 errors, words = counts.get(utterance.id, (0, 0))
                 counts[utterance.id] = (errors + one.wer_errors, words + one.ref_words)
     return counts
@@ -202,3 +276,10 @@ def paired_bootstrap(
         "interval": [float(low), float(high)],
         "probability": float((differences_R < 0).mean()),
     }
+
+
+if __name__ == "__main__":
+    print(
+        "error: opd.compare is no command; python -m opd.train recipe=tiny_compare runs a comparison", file=sys.stderr
+    )
+    raise SystemExit(2)

@@ -22,6 +22,10 @@ from opd.validate import validate
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 RECIPES_DIR = PROJECT_ROOT / "recipes"
 SYNTHETIC_PREFIX = "synthetic:"
+_HOLDS = {
+    "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text",
+    "list[str]": "a list of texts, [a, b]", "list[float]": "a list of numbers, [0.9, 0.98]", "dict": "a mapping, {name: value}",
+}  # fmt: skip
 
 
 def load_config(argv: list[str], check: bool = True) -> Config:
@@ -133,16 +137,21 @@ def take_flag(argv: list[str], name: str) -> tuple[bool, list[str]]:
 def _parse_overrides(argv: list[str]) -> dict[str, Any]:
     overrides: dict[str, Any] = {}
     for argument in argv:
-        dotted, equals, text = argument.partition("=")
+        name, equals, text = argument.partition("=")
+        dotted = name.lstrip("-")
         if not equals or not dotted:
             raise ValueError(f"argument {argument!r}: write it as section.key=value")
+        if dotted in overrides:
+            raise ValueError(f"command line: {dotted}= is given twice: give it once")
         try:
             value = yaml.safe_load(text) if text else ""
         except yaml.YAMLError as error:
             raise ValueError(
                 f"argument {argument!r}: the value cannot be read: {' '.join(str(error).split())}"
             ) from error
-        overrides[dotted.lstrip("-")] = _number(value)
+        # YAML reads off, no and 1e5 as no text; where a key holds text, they stand as they were typed.
+        is_text = _type_of(dotted).startswith("str") and not isinstance(value, str | list | dict | None)
+        overrides[dotted] = text if is_text else value
     return overrides
 
 
@@ -162,17 +171,54 @@ def _section_of(cls: type, name: str) -> type | None:
     return factory if factory is not MISSING and dataclasses.is_dataclass(factory) else None  # type: ignore[return-value]
 
 
-def _unknown(name: str, known: list[str], where: str, prefix: str = "") -> ValueError:
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    hint = f"; did you mean {prefix}{nearest[0]}?" if nearest else ""
-    return ValueError(f"{where}: unknown key {prefix}{name}{hint}")
+def _type_of(dotted: str) -> str:
+    """The type of a key as opd/schema.py has it, such as "str | None"; "" for sections and what is no key."""
+    cls: type = Config
+    *sections, last = dotted.split(".")
+    for name in sections:
+        if name not in _names(cls) or (section := _section_of(cls, name)) is None:
+            return ""
+        cls = section
+    if last not in _names(cls) or _section_of(cls, last) is not None:
+        return ""
+    return str({f.name: f for f in dataclasses.fields(cls)}[last].type)
+
+
+def _names(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def _unknown(dotted: str, where: str) -> ValueError:
+    """Names the keys whose last part is like that of `dotted`; else the keys of its section; else where all are shown."""
+    section, _, last = dotted.rpartition(".")
+    keys = _all_keys()
+    of_section = [key for key in keys if section and key.startswith(f"{section}.")]
+    candidates = _with_last_part_like(last, of_section) or _with_last_part_like(last, keys)
+    sections = [key.rpartition(".")[0] for key in candidates]
+    if same := difflib.get_close_matches(section, sections, n=1) if section else []:
+        candidates = [key for key in candidates if key.rpartition(".")[0] == same[0]]
+    if candidates:
+        hint = f"did you mean {' or '.join(candidates[:3])}?"
+    elif of_section:
+        hint = f"{section} has {', '.join(key.rpartition('.')[2] for key in of_section)}"
+    else:
+        hint = "print_config=true shows every key"
+    return ValueError(f"{where}: unknown key {dotted}; {hint}")
+
+
+def _with_last_part_like(name: str, keys: list[str]) -> list[str]:
+    """Keys with this very last part; else with one that has all its words; else with the one that is spelt most alike."""
+    lasts = [key.rpartition(".")[2] for key in keys]
+    words = set(name.split("_"))
+    near = [name] if name in lasts else [last for last in lasts if words <= set(last.split("_"))]
+    near = near or difflib.get_close_matches(name, lasts, n=1)
+    return [key for key, last in zip(keys, lasts, strict=True) if last in near]
 
 
 def _check_keys(values: dict[str, Any], cls: type, where: str, prefix: str = "") -> None:
-    known = [f.name for f in dataclasses.fields(cls)]
     for name, value in values.items():
-        if name not in known:
-            raise _unknown(str(name), known, where, prefix)
+        if name not in _names(cls):
+            raise _unknown(f"{prefix}{name}", where)
         section = _section_of(cls, name)
         if section is not None:
             if not isinstance(value, dict):
@@ -190,9 +236,8 @@ def _all_keys() -> list[str]:
 
 def _check_dotted(dotted: str) -> None:
     parts = dotted.split(".")
-    known = [f.name for f in dataclasses.fields(Config)]
-    if parts[0] not in known:
-        raise _unknown(dotted, _all_keys(), "command line")
+    if parts[0] not in _names(Config):
+        raise _unknown(dotted, "command line")
     section = _section_of(Config, parts[0])
     if section is None:
         holds_keys = str({f.name: f for f in dataclasses.fields(Config)}[parts[0]].type).startswith("dict")
@@ -203,7 +248,7 @@ def _check_dotted(dotted: str) -> None:
         raise ValueError(f"command line: {dotted} is a section; write {dotted}.key=value")
     names = {f.name: f for f in dataclasses.fields(section)}
     if parts[1] not in names:
-        raise _unknown(dotted, _all_keys(), "command line")
+        raise _unknown(dotted, "command line")
     if len(parts) > 2 and not str(names[parts[1]].type).startswith("dict"):
         raise ValueError(f"command line: {'.'.join(parts[:2])} has no keys below it; write {'.'.join(parts[:2])}=value")
 
@@ -221,21 +266,58 @@ def _numbers_below(values: Any) -> Any:
     return _number(values)
 
 
+def _typed(values: dict[str, Any], cls: type, prefix: str = "") -> dict[str, Any]:
+    """The values with numbers where their keys hold numbers. Raises ValueError for what cannot be meant as text."""
+    typed = {}
+    for name, value in values.items():
+        kind = _type_of(f"{prefix}{name}")
+        section = _section_of(cls, name) if name in _names(cls) else None
+        if section is not None and isinstance(value, dict):
+            value = _typed(value, section, f"{name}.")
+        elif kind.startswith("dict"):
+            value = _numbers_below(value)
+        elif kind.startswith(("int", "float")):
+            value = _number(value)
+            if kind.startswith("int") and isinstance(value, float) and value.is_integer():
+                value = int(value)
+        elif kind.startswith("str") and isinstance(value, bool):
+            raise ValueError(
+                f"{prefix}{name}={value}: must be text; put it in quotes (YAML reads on, off, yes and no as true or false)"
+            )
+        elif kind == "str | None" and value == "":
+            raise ValueError(f"{prefix}{name}= is empty: give it a value, or leave it out ({prefix}{name}=null)")
+        typed[name] = value
+    return typed
+
+
 def _build(values: dict[str, Any]) -> Config:
     base = OmegaConf.structured(Config)
     OmegaConf.set_readonly(base, False)
     for name in base:
         if OmegaConf.is_config(base._get_node(name)):  # type: ignore[union-attr]
             OmegaConf.set_readonly(base._get_node(name), False)  # type: ignore[arg-type]
+    values = _typed(values, Config)
     try:
-        merged = OmegaConf.merge(base, OmegaConf.create(_numbers_below(values)))
+        merged = OmegaConf.merge(base, OmegaConf.create(values))
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        message = str(error).split("\n")[0]
-        where = getattr(error, "full_key", None) or ""
-        raise ValueError(f"config key {where}: {message}") from error
+        raise _of_another_type(values, error) from error
     assert isinstance(config, Config), "OmegaConf hands back the structured type"
     return config
+
+
+def _of_another_type(values: dict[str, Any], error: OmegaConfBaseException) -> ValueError:
+    """What a key was given, and what it holds."""
+    dotted = str(getattr(error, "full_key", None) or "").partition("[")[0]
+    kind, none, _ = _type_of(dotted).partition(" | None")
+    holds = _HOLDS.get("dict" if kind.startswith("dict") else kind)
+    if holds is None:
+        return ValueError(f"config key {dotted}: {' '.join(str(error).splitlines()[:1])}")
+    value: Any = values
+    for part in dotted.split("."):
+        value = value[part]
+    shown = "null" if value is None else value
+    return ValueError(f"{dotted}={shown}: must be {holds}{', or null' if none else ''}")
 
 
 def describe(config: Config) -> str:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -188,3 +189,9 @@ def _utterance_wer(reference: str, hypothesis: str) -> float:
 
 def _rate(num_errors: int, num_ref: int) -> float:
     return num_errors / num_ref if num_ref else math.nan
+
+
+if __name__ == "__main__":
+    command = "scripts/eval/eval_jwer_ark_asr_transformers.py --help"
+    print(f"error: opd.evaluate is no command; {command} scores a checkpoint on manifests", file=sys.stderr)
+    raise SystemExit(2)

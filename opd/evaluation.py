@@ -21,11 +21,11 @@ class Evaluation:
 
     def __init__(self, config: Config) -> None:
         self.config = config.eval
-        self.sets = {name: self._read(path, config) for name, path in config.data.eval_manifests.items()}
+        self.sets = {name: self._read(name, path, config) for name, path in config.data.eval_manifests.items()}
         self._transcripts: dict[str, dict[str, str]] = {}
 
-    def _read(self, path: str, config: Config) -> Batch:
-        utterances = open_manifest(path, require_text=True, default_language=config.data.default_language)
+    def _read(self, name: str, path: str, config: Config) -> Batch:
+        utterances = open_manifest(path, require_text=True, default_language=config.data.language_of(name))
         return list(utterances[: self.config.max_utterances or None])
 
     def __call__(self, step: int, transcribe: Transcribe, log: MetricsLog | None) -> dict[str, dict[str, Any]]:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import sys
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-import yaml
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from data.command_line import key_values, wants_help
@@ -29,7 +31,8 @@ from opd.arkasr import (
 from opd.arkasr.configuration_arkasr import AUTO_MAP, CUSTOM_PIPELINES
 from opd.card import check_card_facts, write_model_card
 from opd.config import resolve_path
-from opd.hub import check_push, push
+from opd.hub import check_folder, check_push, push
+from opd.saved_run import choose_step, run_facts, saved_config
 from opd.schema import LoraConfig
 from opd.trainable import choose_trained, plain_state
 from opd.types import DTYPES
@@ -57,13 +60,10 @@ def save_arkasr(
     the config, a processor that does not fit it, weights that `dtype` cannot hold, and an out_dir with something else.
     """
     out_dir = Path(out_dir)
+    _check_target(out_dir)
     dtype_name = str(dtype).removeprefix("torch.")
     if dtype_name not in DTYPES:
         raise ValueError(f"dtype={dtype_name!r}: must be one of {', '.join(DTYPES)}")
-    if out_dir.exists() and not (out_dir / "config.json").is_file() and any(out_dir.iterdir()):
-        raise ValueError(
-            f"{out_dir}: holds files but no config.json, so it is no earlier export; choose another folder"
-        )
     _check_processor(config, processor)
     tensors = _tensors_to_write(state_dict, config, DTYPES[dtype_name])
 
@@ -83,6 +83,17 @@ def save_arkasr(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return out_dir
+
+
+def _check_target(out_dir: Path) -> None:
+    """Raises ValueError where there is something else than an earlier export."""
+    for path in (out_dir, *out_dir.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"out_dir={out_dir}: {path} is a file; choose a folder")
+    if out_dir.exists() and not (out_dir / "config.json").is_file() and any(out_dir.iterdir()):
+        raise ValueError(
+            f"out_dir={out_dir}: holds files but no config.json, so it is no earlier export; choose another folder"
+        )
 
 
 def _check_processor(config: ArkasrConfig, processor: ArkasrProcessor) -> None:
@@ -188,33 +199,44 @@ def export_checkpoint(
 ) -> Path:
     """Exports a checkpoint of a run in one process, without Ray; returns the folder.
 
-    step     of a complete checkpoint, by default the newest; out_dir by default <run_dir>/export
+    step     of a checkpoint, by default the newest undamaged one; out_dir by default <run_dir>/export
     card     further facts for `opd.card.write_model_card`, such as license
 
     The model card has the error rates that the run measured with this very checkpoint, and none where it did not.
-    Raises ValueError where there is no such run or checkpoint, naming the steps there are, and as `write_model_card`
-    does; both before anything is written.
+    Every file of the checkpoint is checked against its checksum; a warning names damaged ones that are passed over.
+    Raises ValueError where there is no such run or checkpoint, or `step` is damaged, as `write_model_card` does, and for
+    files of the run that cannot be read; all before anything is written. Then for an out_dir that cannot be written.
     """
     run_dir = Path(run_dir).expanduser().resolve()
-    if not (run_dir / "config.yaml").is_file():
-        raise ValueError(f"run_dir={run_dir}: there is no run here (no config.yaml)")
-    config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    steps = sorted(int(p.parent.name.removeprefix("step-")) for p in run_dir.glob("checkpoints/step-*/COMPLETE"))
-    if not steps or (step is not None and step not in steps):
-        raise ValueError(f"run_dir={run_dir}: no complete checkpoint of step {step}; there are {steps or 'none'}")
-    step = steps[-1] if step is None else step
-    facts = {**_run_facts(run_dir, config, step), **(card or {}), "config": config}
+    config = saved_config(run_dir)
+    target = Path(out_dir).expanduser() if out_dir else run_dir / "export"
+    with _naming_out_dir(target):
+        _check_target(target)
+    step = choose_step(run_dir, config, step)
+    facts = {**run_facts(run_dir, config, step), **(card or {}), "config": config}
     check_card_facts(facts)
     start = resolve_path(config["student"]["path"] or str(run_dir / "init"))
     model, processor = load_model(start), load_processor(start)
-    lora = LoraConfig(**config.get("lora", {}))
+    lora = LoraConfig(**config["lora"])
     checkpoint = run_dir / "checkpoints" / f"step-{step:06d}"
     weights = plain_state(_trained_state(checkpoint, model, lora), lora)
     export = config["export"]
-    target = Path(out_dir) if out_dir else run_dir / "export"
-    save_arkasr(weights, model.config, processor, target, export["dtype"], export["code"])
-    write_model_card(target, facts)
+    with _naming_out_dir(target):
+        save_arkasr(weights, model.config, processor, target, export["dtype"], export["code"])
+        write_model_card(target, facts)
     return target
+
+
+@contextmanager
+def _naming_out_dir(target: Path) -> Iterator[None]:
+    """Makes what the disk refuses a ValueError that names the key."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"out_dir={target}: it cannot be made or written ({reason}); choose a writable place with room"
+        ) from error
 
 
 def _trained_state(checkpoint: Path, model: torch.nn.Module, lora: LoraConfig) -> dict[str, torch.Tensor]:
@@ -226,57 +248,16 @@ def _trained_state(checkpoint: Path, model: torch.nn.Module, lora: LoraConfig) -
     choose_trained(model, [], lora)
     # As the engine names them: the model is a member of what is trained.
     state = {"model": {f"model.{name}": tensor for name, tensor in model.state_dict().items()}}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is wanted
-        dcp.load(state, checkpoint_id=checkpoint / "state", no_dist=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is wanted
+            dcp.load(state, checkpoint_id=checkpoint / "state", no_dist=True)
+    except (dcp.CheckpointException, RuntimeError) as error:
+        raise ValueError(
+            f"{checkpoint}: holds no weights of the model that the run started from ({str(error).strip().splitlines()[-1]}); "
+            "restore the student.path of the run, as it was then"
+        ) from error
     return state["model"]
-
-
-def _run_facts(run_dir: Path, config: Mapping[str, Any], step: int) -> dict[str, Any]:
-    """What the run directory tells of a checkpoint, with the evaluation of this very step if there was one."""
-    facts: dict[str, Any] = {"recipe": Path(config["recipe"]).stem, "stage": config["stage"], "step": step}
-    path = run_dir / "summary.json"
-    summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    facts["languages"] = summary.get("languages")
-    if summary and step == summary.get("exported_step", summary["steps"]):
-        facts["eval"] = summary["eval"]
-    elif evaluation := _evaluation_within(run_dir, config, step):
-        facts["eval"] = evaluation
-        if (dtype := config["export"]["dtype"]) != "float32":
-            facts["evaluated_weights"] = f"float32, not yet rounded to {dtype}"
-    return facts
-
-
-def _evaluation_within(run_dir: Path, config: Mapping[str, Any], step: int) -> dict[str, Any]:
-    """{set: results} of an evaluation between the steps.
-
-    The evaluation after the end is not one of them: metrics.jsonl has it under the last step, although it is that of
-    the exported checkpoint, which may be an earlier one. Where both are under one step, it comes second.
-    """
-    every = config["eval"]["eval_every"]
-    if not every or step % every or step == config["train"]["num_steps"]:
-        return {}
-    after: dict[str, dict[str, Any]] = {}
-    for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        values = json.loads(line) if line.endswith("}") else {}
-        names = [key.removeprefix("eval/wer/") for key in values if key.startswith("eval/wer/")]
-        if values.get("step") == step:
-            for name in names:
-                rates = {key: values[f"eval/{key}/{name}"] for key in ("wer", "cer", "num_utterances")}
-                after.setdefault(name, rates)
-    loop_state = run_dir / "checkpoints" / f"step-{step:06d}" / "loop_state.json"
-    state = json.loads(loop_state.read_text(encoding="utf-8"))
-    before, teacher = state.get("eval_before") or {}, state.get("eval_teacher") or {}
-    return {
-        name: {
-            "before": before.get(name),
-            # The normaliser is not in metrics.jsonl; it is the same all through a run.
-            "after": {**rates, "normaliser": (before.get(name) or {}).get("normaliser")},
-            "teacher": teacher.get(name),
-        }
-        for name, rates in after.items()
-        if None not in rates.values()  # a rate that is not finite, on a set without words
-    }
 
 
 USAGE = """python -m opd.export ...
@@ -294,10 +275,15 @@ def main(argv: list[str]) -> int:
         print(USAGE)
         return 0
     transformers.utils.logging.disable_progress_bar()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         arguments = _read_arguments(argv)
         repository, revision = arguments.get("push"), arguments.get("revision")
         private = {"true": True, "false": False}[arguments["private"]] if "private" in arguments else None
+        if "folder" in arguments:
+            check_folder(Path(arguments["folder"]))
+        else:
+            saved_config(Path(arguments["run_dir"]).expanduser().resolve())
         if repository:
             check_push(repository, private)
         if "folder" in arguments:

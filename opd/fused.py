@@ -26,6 +26,7 @@ from opd.losses import (
 from opd.support import FAR
 
 TILE_SIZE = 8192  # rows of an output matrix in half precision that are multiplied at a time
+SUMS_HALVES = "dtype" in torch.ops.aten.mm.overloads()  # torch.mm has out_dtype (from torch 2.8 on)
 Loss = Callable[[StudentLogits], tuple[torch.Tensor, Fields]]  # of one chunk: (n,) with gradient, (n,) without
 
 
@@ -141,16 +142,13 @@ class _Pass:
         inside_nU = valid_nU & (support_nU > float("-inf"))
         # Adding 0 at entries that are not valid: their id may belong to a valid entry of the same row.
         logits_nV.scatter_add_(1, ids_nU, torch.zeros_like(support_nU).masked_fill_(inside_nU, float("-inf")))
-        best_n1 = logits_nV.amax(1, keepdim=True).clamp(min=FAR)
-        exp_nV = logits_nV.sub_(best_n1).exp_()
-        sum_n1 = exp_nV.sum(1, keepdim=True)
+        exp_nV, best_n1, sum_n1 = exponentials(logits_nV)
         rest_n = (best_n1 + sum_n1.log())[:, 0].clamp(min=FAR)
         loss_n, diagnostics, (d_support_nU, d_others_nE, d_rest_n) = self._differentiate(
             lambda u, e, rest: loss(StudentLogits(u, e, rest, best_n1[:, 0])), support_nU, others_logits_nE, rest_n
         )
         if d_rest_n is not None:
-            # A sum of 0 has terms of 0 only.
-            grad_nV = exp_nV.mul_(d_rest_n[:, None] / sum_n1.clamp(min=torch.finfo(self.dtype).tiny))
+            grad_nV = gradient_of_rest(exp_nV, sum_n1, d_rest_n)
             grad_nV.scatter_add_(1, ids_nU, d_support_nU)
             grad_nV.scatter_add_(1, others_nE, d_others_nE)
             self._spread_gradient(rows, grad_nV)
@@ -217,12 +215,31 @@ class _Pass:
     def _add_product(self, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: int = 1) -> None:
         """out = beta out + a @ b, summed in the type of `out`."""
         half = self.weight_VD.dtype
-        if out.is_cuda and half in (torch.float16, torch.bfloat16):
-            # Tensor cores take halves and sum in float32.
+        if takes_halves(out.device.type, out.dtype, half):
             product = torch.mm(a.to(half), b.to(half), out_dtype=out.dtype)
             out.add_(product) if beta else out.copy_(product)
         else:
             out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=beta)
+
+
+def exponentials(logits_nV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """exp(logits - largest) in the logits' place (n, V), the largest of each row (n, 1), and the sums (n, 1)."""
+    best_n1 = logits_nV.amax(1, keepdim=True).clamp(min=FAR)
+    exp_nV = logits_nV.sub_(best_n1).exp_()
+    return exp_nV, best_n1, exp_nV.sum(1, keepdim=True)
+
+
+def gradient_of_rest(exp_nV: torch.Tensor, sum_n1: torch.Tensor, d_rest_n: torch.Tensor) -> torch.Tensor:
+    """The gradient in the logits, in the place of `exponentials`, where d_rest_n is that in the logarithm of their sum."""
+    # A sum of 0 has terms of 0 only.
+    return exp_nV.mul_(d_rest_n[:, None] / sum_n1.clamp(min=torch.finfo(exp_nV.dtype).tiny))
+
+
+def takes_halves(device: str, out_dtype: torch.dtype, half: torch.dtype) -> bool:
+    """Whether tensor cores can multiply factors of the type `half` and sum them in float32. Elsewhere factors are converted
+    to the type of the sum: the same to within its rounding, and slower."""
+    is_half = half in (torch.float16, torch.bfloat16)
+    return SUMS_HALVES and device == "cuda" and out_dtype == torch.float32 and is_half
 
 
 class _WithGradients(torch.autograd.Function):

@@ -13,16 +13,20 @@ MAX_DRAWN = 100_000  # utterances of a stream, of which not one passes
 
 
 class TeacherGate:
-    """Lets utterances pass whose teacher transcript has a WER of at most `max_wer`, and those without a reference.
+    """Lets utterances pass whose teacher transcript has a WER of at most `limit_of` them, and those without a reference.
 
+    limit_of     None where the utterance's teacher has no limit
     transcribe   the teachers' transcripts of a batch, in order
     num_checked, num_left_out   utterances with a reference that were looked at, each once, and those left out
     """
 
     def __init__(
-        self, max_wer: float, transcribe: Callable[[Batch], list[TeacherTranscript]], normaliser: str = "auto"
+        self,
+        limit_of: Callable[[Utterance], float | None],
+        transcribe: Callable[[Batch], list[TeacherTranscript]],
+        normaliser: str = "auto",
     ) -> None:
-        self.max_wer = max_wer
+        self.limit_of = limit_of
         self.transcribe = transcribe
         self.normaliser = normaliser
         self._passes: dict[str, bool] = {}
@@ -37,10 +41,11 @@ class TeacherGate:
 
     def accept(self, utterances: Batch) -> Batch:
         """The utterances that pass, in order."""
-        new = [u for u in utterances if u.text is not None and u.id not in self._passes]
+        limits = {u.id: self.limit_of(u) for u in utterances if u.text is not None and u.id not in self._passes}
+        new = [u for u in utterances if limits.get(u.id) is not None]
         if new:
             for utterance, transcript in zip(new, self.transcribe(new), strict=True):
-                self._passes[utterance.id] = self._wer(utterance, transcript) <= self.max_wer
+                self._passes[utterance.id] = self._wer(utterance, transcript) <= (limits[utterance.id] or 0.0)
         return [u for u in utterances if self._passes.get(u.id, True)]
 
     def fill(self, feed: Feed, size: int) -> Batch:
@@ -50,8 +55,8 @@ class TeacherGate:
         while len(batch) < size:
             if not batch and drawn >= limit:
                 raise ValueError(
-                    f"teacher.gate_max_wer={self.max_wer:g}: the teacher gets all {limit} utterances of "
-                    "data.train_manifest wrong beyond this; look at their texts, or raise the limit"
+                    f"teacher.gate_max_wer: the teacher gets all {limit} utterances of data.train_manifest wrong beyond "
+                    "this; look at their texts, or raise the limit"
                 )
             drawn += size - len(batch)
             batch += self.accept(feed.next_batch(size - len(batch)))

@@ -85,6 +85,16 @@ def check_push(repository: str, private: bool | None = None) -> None:
         raise ValueError(f"{where}: {_reason(error, api.endpoint)}") from error
 
 
+def check_folder(folder: Path) -> None:
+    """Raises ValueError for what is no export."""
+    if not folder.is_dir():
+        raise ValueError(
+            f"folder={folder}: there is no such folder; give the folder of an export, such as run_dir's export/"
+        )
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"folder={folder}: has no config.json, so it is no export; give the folder of one")
+
+
 def push(
     folder: str | os.PathLike, repository: str, private: bool | None = None, revision: str | None = None
 ) -> PushResult:
@@ -103,8 +113,7 @@ def push(
     Raises ValueError with the reason, and how to repeat it, for whatever fails; the folder is left as it is.
     """
     folder, where = Path(folder), f"push={repository}"
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"folder={folder}: has no config.json, so it is no export")
+    check_folder(folder)
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)

@@ -42,7 +42,8 @@ def stage_configs(config: Config) -> list[tuple[str, Config]]:
     base = dataclasses.replace(config, stages=[], ladder={})
     found: list[tuple[str, Config]] = []
     for name in config.stages:
-        changes = config.ladder.get(name) or {}
+        changes = config.ladder.get(name)
+        changes = {} if changes is None else changes
         if not isinstance(changes, dict):
             raise ValueError(f"ladder.{name}: must be a mapping of sections and keys, not {changes!r}")
         changes = dict(changes)
@@ -51,7 +52,8 @@ def stage_configs(config: Config) -> list[tuple[str, Config]]:
             raise ValueError(
                 f"stages: {name} is no kind of stage; set ladder.{name}.stage to one of {', '.join(STAGES)}"
             )
-        own = changes.get("student") or {}
+        own = changes.get("student")
+        own = own if isinstance(own, dict) else {}  # `derive` refuses what is no section
         start: dict[str, Any] = {}
         if own.get("init"):
             start = {"student": {"path": None}}
@@ -65,8 +67,14 @@ def stage_configs(config: Config) -> list[tuple[str, Config]]:
 
 
 def run_ladder(config: Config, train: Callable[[Config], dict[str, Any]]) -> dict[str, Any]:
-    """Runs the stages; `train` runs one. Writes <run_dir>/summary.json, prints and returns the table of all stages."""
+    """Runs the stages; `train` runs one. Writes <run_dir>/summary.json, prints and returns the table of all stages.
+
+    Raises ValueError before the first stage for what a later one could not run with, as far as it is there already.
+    """
+    from opd.ahead import check_ahead  # what only a run needs; `stage_configs` is asked of every config
+
     config = with_run_dir(config)
+    check_ahead(config)
     run_dir = Path(str(config.run_dir))
     summaries = {}
     for name, stage in stage_configs(config):

@@ -15,9 +15,10 @@ import sys
 from dataclasses import dataclass
 
 from data.command_line import wants_help
-from opd.config import load_config, parts_of
+from opd.config import load_config
 from opd.encoding import serves_update
-from opd.model_sizes import LayerSizes, StudentSizes, TeacherSizes, student_sizes, teacher_sizes
+from opd.model_sizes import NOTHING, LayerSizes, Made, StudentSizes, TeacherSizes, student_sizes, teacher_sizes
+from opd.parts import named_parts
 from opd.rollout.drafts import MAX_WIDTH
 from opd.rollout.speculative import TOPK_CHUNK
 from opd.schema import Config
@@ -291,16 +292,19 @@ def peak(phases: Phases) -> float:
     return max(sum(items.values()) for items in phases.values())
 
 
-def estimate(config: Config) -> Estimate:
-    """The estimate of one run. Raises ValueError where the sizes of a model are not known."""
+def estimate(config: Config, made: Made = NOTHING) -> Estimate:
+    """The estimate of one run. Raises ValueError where the sizes of a model are not known.
+
+    made   what `stage:NAME` means: the students of stages before this one
+    """
     if config.engine != "fsdp2":
         raise ValueError(f"engine={config.engine}: the estimate is that of engine=fsdp2; ask for it with engine=fsdp2")
-    sizes = student_sizes(config)
+    sizes = student_sizes(config, made)
     lengths = longest(config, sizes.merge_factor)
     teachers = {}
     if config.stage != "sft":
         by_name = config.teacher.by_route().items()
-        teachers = {name: teacher_memory(config, teacher_sizes(one), lengths.micro_rows) for name, one in by_name}
+        teachers = {name: teacher_memory(config, teacher_sizes(one, made), lengths.micro_rows) for name, one in by_name}
     cluster = config.cluster
     beside = 0
     if teachers and cluster.gpus_per_rank + cluster.gpus_per_teacher <= 1:
@@ -350,11 +354,11 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     try:
-        parts = parts_of(load_config(argv))
-        for index, config in enumerate(parts):
-            if len(parts) > 1:
-                print(f"{'' if index == 0 else chr(10)}stage {config.stage}, {config.run_dir or config.recipe_name}")
-            print(table(config, estimate(config)))
+        for index, part in enumerate(named_parts(load_config(argv))):
+            if part.title:
+                print(f"{'' if index == 0 else chr(10)}{part.title} ({part.config.stage})")
+            made = {name: config.student for name, config in part.before.items()}
+            print(table(part.config, estimate(part.config, made)))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from opd.arkasr import ArkasrConfig, ArkasrForConditionalGeneration
 from opd.config import resolve_path
+from opd.resolve import STAGE_PREFIX
 from opd.schema import Config, LoraConfig, StudentConfig, TeacherConfig
 from opd.trainable import MIN_GROUP_NUMEL, choose_trained
 
@@ -85,20 +87,32 @@ PUBLISHED_TEACHERS = {
 }  # fmt: skip
 
 
-def student_sizes(config: Config) -> StudentSizes:
+# Stage name -> the student that it trains: where the sizes of `stage:NAME` are found before that stage has run.
+Made = Mapping[str, StudentConfig]
+NOTHING: Made = {}
+
+
+def student_sizes(config: Config, made: Made = NOTHING) -> StudentSizes:
     """Sizes of the student that a config trains, adapters included. Raises ValueError where nothing tells them."""
-    return sizes_of(student_config(config.student), config.student.freeze, config.lora)
+    return sizes_of(student_config(config.student, made), config.student.freeze, config.lora)
 
 
-def student_config(student: StudentConfig) -> ArkasrConfig:
+def student_config(student: StudentConfig, made: Made = NOTHING) -> ArkasrConfig:
     if student.init:
         fields = dict(student.init)
         return ArkasrConfig(whisper_config=dict(fields.pop("whisper")), audio_token_id=None, **fields)
     assert student.path, "validation has seen to it that there is a path or sizes"
-    return _arkasr_config("student.path", student.path)
+    return _arkasr_config("student.path", student.path, made)
 
 
-def _arkasr_config(key: str, path: str) -> ArkasrConfig:
+def _arkasr_config(key: str, path: str, made: Made) -> ArkasrConfig:
+    if path.startswith(STAGE_PREFIX):
+        name = path.removeprefix(STAGE_PREFIX)
+        if name not in made:
+            raise ValueError(
+                f"{key}={path}: no stage {name} comes before this one; give the folder of its export instead"
+            )
+        return student_config(made[name], {other: one for other, one in made.items() if other != name})
     folder = Path(resolve_path(path))
     if (folder / "config.json").is_file():
         return ArkasrConfig.from_pretrained(folder)
@@ -152,11 +166,11 @@ def _decoder_layer(fields: dict[str, Any]) -> LayerSizes:
     return LayerSizes(fields["hidden_size"], fields["intermediate_size"], heads * head_dim, keys * head_dim)
 
 
-def teacher_sizes(teacher: TeacherConfig) -> TeacherSizes:
+def teacher_sizes(teacher: TeacherConfig, made: Made = NOTHING) -> TeacherSizes:
     """Sizes of one teacher. Raises ValueError where nothing tells them."""
     assert teacher.path, "validation has seen to it that there is a path"
     if teacher.kind == "arkasr":
-        arkasr = _arkasr_config("teacher.path", teacher.path)
+        arkasr = _arkasr_config("teacher.path", teacher.path, made)
         own = sizes_of(arkasr, [], LoraConfig())
         return TeacherSizes(
             own.num_parameters, own.decoder, own.num_decoder_layers, own.encoder, own.vocab_size,

@@ -12,7 +12,7 @@ ADVICE = (
     "make room in the folder that Ray spills to (ray start --object-spilling-directory, below /tmp/ray by default) and let it be "
     "written, end other jobs of the cluster (`ray memory` lists who holds what), give the store more memory (ray start "
     "--object-store-memory), or lower train.batch_size, loss.top_k or rollout.max_new_tokens; complete checkpoints are "
-    "untouched, and the same command goes on"
+    "untouched, and the same command with the same run_dir goes on"
 )
 
 

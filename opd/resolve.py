@@ -66,6 +66,18 @@ def portable(values: dict[str, Any]) -> dict[str, Any]:
     return relative(values)
 
 
+def absolute(values: dict[str, Any]) -> dict[str, Any]:
+    """The opposite of `portable`: what is there inside the project by its absolute path, all else (Hub ids) as it is."""
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: whole(inner) for key, inner in value.items()}
+        inside = isinstance(value, str) and "/" in value and os.path.exists(PROJECT_ROOT / value)
+        return str(PROJECT_ROOT / value) if inside else value
+
+    return whole(values)
+
+
 def with_run_dir(config: Config) -> Config:
     """The config with an absolute run directory, the default one where it names none."""
     run_dir = config.run_dir or f"runs/{config.recipe_name}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -29,7 +29,7 @@ from opd.seed import fresh_student
 from opd.step_metrics import opd_metrics, overhead_seconds, sft_metrics, start_seconds
 from opd.survival import Stopped, StopSignal
 from opd.tables import print_table
-from opd.teacher_data import TeacherData
+from opd.teacher_data import TeacherData, transcript_settings
 from opd.teachers.cache import KeptTexts
 from opd.teachers.environment import check_environments
 from opd.teachers.routing import Router
@@ -37,8 +37,6 @@ from opd.text import scored_language
 from opd.training_data import TrainingData
 from opd.types import Batch
 from opd.workers import Workers
-
-TELL_EVERY_S = 10.0
 
 
 class Run:
@@ -84,11 +82,16 @@ class Run:
         if self.router is not None:
             for warning in self.data.check_routes(self.router, is_new=not self.step):
                 print(f"warning: {warning}")
+            if self.router.has_gate:
+                self.data.check_gate()
             if config.stage == "opd" and config.eval.teacher:
                 self.router.check([u for utterances in self.evaluate.sets.values() for u in utterances])
         if config.stage == "td":
-            names = ", ".join(sorted({str(teacher.path) for teacher in config.teacher.by_route().values()}))
-            self.teacher_data = TeacherData(self.dir.path / "td", config.td, names, config.eval.normaliser)
+            assert self.router is not None, "stage td has teachers"
+            self.teacher_data = TeacherData(
+                self.dir.path / "td", config.td, self.router.path_of, config.eval.normaliser, config.data.max_bad_share
+            )
+            self.teacher_data.check_settings(portable(transcript_settings(config)))
             if self.teacher_data.is_complete():
                 self.data.use(open_manifest(self.teacher_data.manifest, require_text=True))
 
@@ -134,6 +137,11 @@ class Run:
         if error[0] is None:  # else the driver ends, and Ray ends its workers; a dead one could not be asked anything
             self.workers.close()
 
+    @property
+    def progress(self) -> int:
+        """What has been done and is kept: steps, and transcripts of stage td."""
+        return self.step + (self.teacher_data.num_transcribed if self.config.stage == "td" else 0)
+
     def note_restart(self, message: str) -> None:
         """Says why the run begins again, on the terminal and in restarts.jsonl."""
         print(message, flush=True)
@@ -144,35 +152,28 @@ class Run:
 
     def write_teacher_data(self) -> None:
         """Stage td: the teacher transcribes the training set, once; what passes the filters is what is trained on."""
-        if self.teacher_data.is_complete():
+        data = self.teacher_data
+        if data.is_complete():
             return
-        self.workers.start_teacher(self._student_path())
-        teacher = self.workers.teacher
-        with self.timer("transcribe"):
-            done, told = 0, time.monotonic()
-            utterances = self.data.utterances()
-            for batch in self.teacher_data.pending(utterances, self.config.eval.batch_size * teacher.num_workers):
-                self.teacher_data.add(batch, teacher.transcribe(batch))
-                done += len(batch)
-                if time.monotonic() - told > TELL_EVERY_S:
-                    told = time.monotonic()
-                    print(f"teacher data: {done} utterances transcribed", flush=True)
-        self.state["cpu_seconds"]["teacher"] += teacher.cpu_seconds()
-        counts = self.teacher_data.write(utterances)
-        left_out = ", ".join(f"{name} {count}" for name, count in counts["left_out"].items()) or "none"
-        print(
-            f"teacher data: {counts['num_kept']} of {counts['num_utterances']} transcripts kept, left out: {left_out}"
-        )
-        self.workers.close()
-        self.data.use(open_manifest(self.teacher_data.manifest, require_text=True))
+        utterances = self.data.utterances()
+        if data.num_transcribed < len(utterances):
+            self.workers.start_teacher(self._student_path())
+            teacher, size = self.workers.teacher, self.config.eval.batch_size
+            with self.timer("transcribe"):
+                data.transcribe(
+                    utterances, teacher.transcribe, size * teacher.num_workers, self.config.data.on_bad_audio
+                )
+            self.state["cpu_seconds"]["teacher"] += teacher.cpu_seconds()
+            self.workers.close()
+        print(data.write(utterances))
+        self.data.use(open_manifest(data.manifest, require_text=True))
 
     def start_workers(self) -> None:
         """Ray, the student's ranks and the teacher's workers; then the newest checkpoint, if there is one."""
         self.workers.start(self._student_path(), with_teacher=self.config.stage == "opd")
         self.stop_signal.install()
-        limit = self.config.teacher.gate_max_wer
-        if limit is not None:
-            self.gate = TeacherGate(limit, self.teacher.transcribe, self.config.eval.normaliser)
+        if self.router is not None and self.router.has_gate:
+            self.gate = TeacherGate(self.router.gate_of, self.teacher.transcribe, self.config.eval.normaliser)
         self.batches = Batches(self.config, self.data.feed, self.gate, self.student.prefetch, self.batch_log)
         if self.step:
             self.student.load(self.dir.checkpoint_path(self.step))
@@ -218,9 +219,7 @@ class Run:
         batch, rollout = scored.batch, scored.rollout
         metrics = opd_metrics(sums, rollout.sums, len(batch), scored.coverage)
         metrics |= {"rollout/staleness": scored.staleness, "time/data": rollout.waited_s}
-        counts = self.teacher.counts
-        metrics["teacher/halved"] = counts["halved"]
-        metrics["align/retokenised_share"] = counts["retokenised"] / max(1, counts["responses"])
+        metrics |= self.teacher.metrics()
         if self.gate is not None:
             metrics["gate/left_out_share"] = self.gate.num_left_out / max(1, self.gate.num_checked)
         bad_ids = self.bad_audio.note(step, rollout.bad, len(batch))
@@ -328,7 +327,9 @@ class Run:
             if last or stop or not self.config.checkpoint.background:
                 self.saver.finish(self.student)
         if stop:
-            raise Stopped(f"stopped after step {step}, which is saved; start again with the same command to go on")
+            raise Stopped(
+                f"stopped after step {step}, which is saved; start again with the same command and run_dir to go on"
+            )
         self.timer.take_step()
         self.workers.start_clocks()
 

@@ -97,6 +97,9 @@ class DataConfig:
     )
     held_out_speakers: list[str] = key([], "recordings:NAME: speakers that no training set has, only held_out_speakers")
     default_language: str | None = key(None, "language of lines that carry none")
+    default_languages: dict[str, str] = key(
+        {}, "the same for single manifests: name in train_manifests or eval_manifests -> language"
+    )
     max_seconds: float = key(30.0, "longest audio; longer is bad audio, never cut silently")
     on_bad_audio: str = key("stop", "unreadable, too short or too long audio: stop | skip")
     max_bad_share: float = key(0.02, "with skip: the run stops when more than this share of the utterances seen is bad")
@@ -111,6 +114,10 @@ class DataConfig:
     )
     sorted_epochs: int = key(0, "first epochs that run through the utterances from short to long")
     log_batches: bool = key(False, "true: the ids of each step's utterances go into batches.jsonl of the run directory")
+
+    def language_of(self, name: str) -> str | None:
+        """Language of the lines of a manifest, by its name, that carry none."""
+        return self.default_languages.get(name, self.default_language)
 
 
 @dataclass(frozen=True)
@@ -134,6 +141,9 @@ class RolloutConfig:
     max_new_tokens: int = key(256, "length limit of a response; one cut here has no EOS position")
     max_repeats: int = key(8, "an n-gram repeated more often than this in a row is a loop")
     train_on_loops: bool = key(False, "false: positions from the start of a loop on are left out of the loss")
+    cuda_graphs: bool = key(
+        True, "true: on CUDA the short forwards of a rollout run as graphs; it changes the speed, not the responses"
+    )
 
 
 @dataclass(frozen=True)
@@ -312,7 +322,8 @@ def _keys_but(section: str, cls: type, *free: str) -> list[str]:
 FROZEN_KEYS = [
     "recipe", "stage", "schedule", "seed", "engine", "zero", "lora", "teacher.kind", "teacher.path", "teacher.language",
     "teacher.prompt", "teacher.routes", "teacher.dtype", "teacher.gate_max_wer", "data.train_manifest",
-    "data.train_manifests", "data.default_language", "data.sorted_epochs", "data.group_by_length", "td", "rollout", "loss",
-    "train.num_steps", "eval.normaliser",
+    "data.train_manifests", "data.default_language", "data.default_languages", "data.sorted_epochs",
+    "data.group_by_length", "td", "loss", "train.num_steps", "eval.normaliser",
     *_keys_but("student", StudentConfig, "activation_checkpointing"), *_keys_but("optim", OptimConfig, "offload"),
+    *_keys_but("rollout", RolloutConfig, "cuda_graphs"),
 ]  # fmt: skip

@@ -29,6 +29,16 @@ def candidate_ids(topk_ids_BTK: torch.Tensor, response_ids_BT: torch.Tensor, eos
     return torch.cat([topk_ids_BTK, response_ids_BT[..., None], eos_BT1], dim=-1)
 
 
+def check_top_k(top_k: int, blocked_V: torch.Tensor) -> None:
+    """Raises ValueError where the student has fewer ids that may be written than loss.top_k asks for."""
+    allowed, vocab_size = int((~blocked_V).sum()), len(blocked_V)
+    if top_k > allowed:
+        raise ValueError(
+            f"loss.top_k={top_k}: the student's vocabulary has {vocab_size} ids, of which {allowed} may be written; set it "
+            f"to {allowed} or less"
+        )
+
+
 def narrow_support(
     support: str, candidates_NC: torch.Tensor, topk_NK: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -74,13 +74,16 @@ class Restarts:
         self.limit = limit
         self.used = 0
         self.pause_s = 0.0  # before the next attempt
-        self._failed_step: int | None = None
+        self._failed: tuple[int, int] | None = None
 
-    def allow(self, error: Exception, step: int) -> str:
-        """Counts one loss during `step`; what to say of it. Raises RuntimeError where the run is to stop."""
+    def allow(self, error: Exception, step: int, progress: int = 0) -> str:
+        """Counts one loss during `step`; what to say of it. Raises RuntimeError where the run is to stop.
+
+        progress  grows with what is done within a step, the transcripts of stage td: the same step may be lost again then
+        """
         if self.limit == 0:
             raise RuntimeError(f"{error}; start again with resume=auto to go on, or set train.max_restarts") from error
-        if step == self._failed_step:
+        if self._failed == (step, progress):
             raise RuntimeError(f"{error}; step {step} has failed twice, so the run stops here") from error
         if self.used >= self.limit:
             raise RuntimeError(
@@ -89,5 +92,5 @@ class Restarts:
         # A cluster takes a while to notice that a node is gone, and may place workers there again until then.
         self.pause_s = NODE_LOSS_S if self.used else 0.0
         self.used += 1
-        self._failed_step = step
+        self._failed = (step, progress)
         return f"step {step}: {error}; restart {self.used} of {self.limit} from the newest checkpoint"

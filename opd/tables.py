@@ -19,8 +19,20 @@ def print_table(summary: dict[str, Any]) -> None:
     console = Console(width=120)
     console.print(table)
     seconds = summary["seconds"]
-    parts = [f"{name} {value:.1f}" for name, value in sorted(seconds.items()) if name != "total"]
-    console.print(f"{seconds['total']:.1f} s in all: " + ", ".join(parts), highlight=False)
+    console.print(f"{seconds['total']:.1f} s in all: {_phases(seconds)}", highlight=False)
+
+
+def _phases(seconds: dict[str, float]) -> str:
+    """Seconds per phase, those within a phase (`start_ray` within `start`) in brackets behind it; they add up to `total`."""
+    names = sorted(seconds.keys() - {"total"})
+    within = {name: [inner for inner in names if inner.startswith(f"{name}_")] for name in names}
+    outer = [name for name in names if not any(name in inner for inner in within.values())]
+    parts = []
+    for name in outer:
+        inner = ", ".join(f"{part} {seconds[part]:.1f}" for part in within[name])
+        parts.append(f"{name} {seconds[name]:.1f}" + (f" ({inner})" if inner else ""))
+    other = seconds["total"] - sum(seconds[name] for name in outer)
+    return ", ".join([*parts, f"other {max(0.0, other):.1f}"])
 
 
 def _cells(before: dict[str, Any] | None, after: dict[str, Any], teacher: dict[str, Any] | None) -> list[str]:

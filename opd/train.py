@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from opd.config import describe, load_config, take_flag
 from opd.schema import Config
 from opd.survival import LOST, STOPPED_STATUS, Restarts, Stopped
+from opd.validate import doubts
 
 if TYPE_CHECKING:
     from opd.run import Run
@@ -39,6 +40,8 @@ def train(config: Config) -> dict:
     from opd.resolve import with_run_dir
     from opd.run import Run  # imports Ray and verl: seconds that print_config and a wrong key need not wait for
 
+    for doubt in doubts(config):
+        logging.getLogger(__name__).warning(doubt)
     config = with_run_dir(config)
     restarts = Restarts(config.train.max_restarts)
     while True:
@@ -47,7 +50,7 @@ def train(config: Config) -> dict:
             try:
                 return run_stage(run, config)
             except LOST as error:
-                run.note_restart(restarts.allow(error, run.step + 1))  # raises where the run is to stop
+                run.note_restart(restarts.allow(error, run.step + 1, run.progress))  # raises where the run is to stop
         time.sleep(restarts.pause_s)
 
 
@@ -90,6 +93,11 @@ def run_stage(run: Run, config: Config) -> dict:
 
 def run_all(config: Config) -> dict:
     """One run, or all runs of a ladder (`stages`) or of a comparison (`compare`), one after the other."""
+    from opd.resolve import with_run_dir
+
+    if not config.run_dir:
+        config = with_run_dir(config)
+        print(f"run_dir={config.run_dir}")  # what goes on after an interruption needs it
     if config.compare:
         from opd.compare import run_comparison
 
@@ -137,7 +145,7 @@ def _advice(error: Exception) -> str:
     # The second is what torch says of a disk that becomes full within a file.
     for words, meaning in (("No space left on device", ""), ("inline_container.cc", "the disk is probably full; ")):
         if words in str(error):
-            return f"; {meaning}complete checkpoints are untouched: make room and start again with the same command to go on"
+            return f"; {meaning}complete checkpoints are untouched: make room, and the same command and run_dir go on"
     return ""
 
 

@@ -34,10 +34,10 @@ class TrainingData:
         self._streams: dict[str, StreamFeed] = {}
         for name, path in manifests.items():
             if is_stream(str(path)):
-                self._streams[name] = _open_stream(str(path), self._seed(name), with_text, data.default_language)
+                self._streams[name] = _open_stream(str(path), self._seed(name), with_text, data.language_of(name))
             else:
                 self.sources[name] = open_manifest(
-                    str(path), require_text=with_text, default_language=data.default_language
+                    str(path), require_text=with_text, default_language=data.language_of(name)
                 )
         self.feed = self._feed()
 
@@ -81,6 +81,14 @@ class TrainingData:
             f"{' and '.join(f'{field}: {values}' for field, values in router.matches[name].items())}, or an earlier route takes it"
             for name in idle
         ]
+
+    def check_gate(self) -> None:
+        """Raises ValueError where a teacher gate has no references to look at."""
+        if not self._streams and not self.num_texts():
+            raise ValueError(
+                "teacher.gate_max_wer: no utterance of data.train_manifest has a `text` to compare the teacher with; give "
+                "references, or set teacher.gate_max_wer=null"
+            )
 
     def check_streamed(self, router: Router, batch: Batch) -> None:
         """As `check_routes`, for a batch of which some may come from a stream: that cannot be looked through before."""

@@ -13,6 +13,8 @@ import transformers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+from data.command_line import check_writable
+from opd.arkasr.loading import check_path, named_by
 from opd.batch_transcribe import Journal, ManifestJob, ModelSettings, Outcome, measure, plan_batches
 from opd.device_pool import outcomes_on
 from opd.results import SetResult, print_results, score_leaderboard_file, score_rows, summarise, write_leaderboard_file
@@ -34,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=int, default=40, help="windows decoded at a time (default: %(default)s)")
     add("--max_new_tokens", type=int, default=256, help="per window (default: %(default)s)")
     add("--do_sample", action="store_true", help="draw tokens at --temperature instead of taking the likeliest")
-    add("--temperature", type=float, default=0.5)
+    add("--temperature", type=float, help=f"of --do_sample (default: {DecodeSettings.temperature})")
     add("--num_beams", type=int, default=1)
     add("--repetition_penalty", type=float, default=1.0)
     add("--seed", type=int, default=0, help="of the draws")
@@ -72,6 +74,7 @@ def run(args: argparse.Namespace, finish: Finish, require_text: bool = False) ->
     All manifests are read before the first is begun. Raises ValueError for bad input.
     """
     model = _model_settings(args)
+    _check_paths(args)
     devices = args.devices.split(",") if args.devices else default_devices()
     _check_devices(devices)
     jobs = [_open_job(args, model, source, output, require_text) for source, output in _outputs(args)]
@@ -133,6 +136,8 @@ def _model_settings(args: argparse.Namespace) -> ModelSettings:
         raise ValueError(f"--batch_size {args.batch_size}: must be at least 1")
     if args.target_sr != 16000:
         raise ValueError(f"--target_sr {args.target_sr}: the model hears 16000 Hz; leave out, audio is resampled")
+    if args.temperature is not None and not args.do_sample:
+        raise ValueError(f"--temperature {args.temperature:g}: only draws have one; add --do_sample, or leave it out")
     if args.padding_side == "right" and args.batch_size > 1:
         raise ValueError("--padding_side right: a batch is generated from its right end; use left, or --batch_size 1")
     return ModelSettings(
@@ -143,7 +148,7 @@ def _model_settings(args: argparse.Namespace) -> ModelSettings:
         DecodeSettings(
             max_new_tokens=args.max_new_tokens,
             do_sample=args.do_sample,
-            temperature=args.temperature,
+            temperature=DecodeSettings.temperature if args.temperature is None else args.temperature,
             num_beams=args.num_beams,
             repetition_penalty=args.repetition_penalty,
             max_audio_seconds=args.max_audio_seconds,
@@ -164,7 +169,7 @@ def _open_job(
         "end_time": args.end_field,
     }
     if args.language:
-        resolve_language(args.language)
+        _check_language(args.language, f"--language {args.language}")
     job = ManifestJob.open(source, output, model, names, args.language)
     if require_text:
         for number, (_, utterance) in enumerate(job.rows, start=1):
@@ -173,8 +178,23 @@ def _open_job(
                     f"{source}: utterance {number} has no `{args.text_field}`; evaluation needs references"
                 )
             if utterance.language:
-                resolve_language(utterance.language)
+                _check_language(utterance.language, f"{source}: utterance {number}")
     return job
+
+
+def _check_language(name: str, where: str) -> None:
+    try:
+        resolve_language(name)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _check_paths(args: argparse.Namespace) -> None:
+    """Before manifests are read and results begun."""
+    for flag, path in (("--model_path", args.model_path), ("--processor_path", args.processor_path)):
+        if path is not None:
+            with named_by(f"{flag} ", path):
+                check_path(path)
 
 
 def _outputs(args: argparse.Namespace) -> list[tuple[Path, Path]]:
@@ -183,7 +203,7 @@ def _outputs(args: argparse.Namespace) -> list[tuple[Path, Path]]:
     if len(sources) == 1 and not output.is_dir():
         pairs = [(sources[0], output)]
     else:
-        if output.suffix == ".jsonl":
+        if output.suffix == ".jsonl" or output.is_file():
             raise ValueError(f"--output {output}: several manifests need a folder, which gets a file for each")
         names = [source.stem for source in sources]
         if len(set(names)) < len(names):
@@ -258,6 +278,8 @@ def evaluate_command(args: argparse.Namespace) -> int:
     board = args.leaderboard
     if board and args.dataset_ids and len(args.dataset_ids) != len(args.input):
         raise ValueError(f"--dataset_ids: {len(args.dataset_ids)} names for {len(args.input)} manifests; one for each")
+    if board:
+        check_writable("--leaderboard ", Path(board), is_folder=True)
     dataset_ids = dict(zip(args.input, args.dataset_ids or [Path(source).stem for source in args.input], strict=True))
     files: list[Path] = []
 

@@ -56,10 +56,12 @@ class TensorRecord:
     """A dataclass of tensors that travels between processes as a plain dictionary (no class to unpickle)."""
 
     def to_dict(self) -> dict[str, torch.Tensor]:
+        """The tensors by field, their shapes as the names say; fields that are None are left out."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}  # type: ignore[arg-type]
 
     @classmethod
     def from_dict(cls, tensors: Mapping[str, torch.Tensor]) -> Any:
+        """The record of what `to_dict` gave, sharing its tensors."""
         return cls(**tensors)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from data.sound import is_stream
@@ -17,6 +19,15 @@ TEACHER_KINDS = ("arkasr", "qwen3_asr", "hf")
 STAGES = ("sft", "td", "opd")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PROMPT_FORMS = {"text": str, "chat": list, "transcription": dict}
+_ROUTE_FORMS: dict[str, tuple[tuple[type, ...], str]] = {  # keys of a route that OmegaConf knows no type of
+    "path": ((str, NoneType), "the folder or the Hub id of a teacher"),
+    "python_path": ((str, NoneType), "the path of a Python interpreter, such as .venv-teacher/bin/python, or null"),
+    "cache_dir": ((str, NoneType), "a folder, or null"),
+    "prompt": ((dict,), "a mapping with one of text, chat, transcription (opd/teachers/hf.py shows each form)"),
+    "min_coverage": ((int, float), "a number between 0 and 1, such as 0.9"),
+    "gate_max_wer": ((int, float, NoneType), "a WER from 0 on (0.2 is 20 %), or null"),
+    "num_workers": ((int,), "a whole number above 0"),
+}
 _CHOICES = {
     "stage": STAGES, "rollout.source": ("student", "manifest"), "rollout.draft": ("auto", "reference", "earlier", "ctc", "none"),
     "engine": ("fsdp2", "deepspeed"), "zero.stage": (1, 2, 3), "resume": ("auto", "never"), "schedule": ("sync", "one_step_off"),
@@ -31,9 +42,9 @@ _CHOICES = {
 _POSITIVE = (
     "checkpoint.grace_s", "data.max_seconds", "data.read_timeout_s",
     "td.max_chars_per_second", "rollout.max_new_tokens", "rollout.max_repeats", "loss.top_k", "loss.temperature",
-    "loss.chunk_size", "lora.alpha", "optim.lr", "optim.eps", "train.num_steps", "train.batch_size", "train.micro_batch_size",
-    "train.log_every", "checkpoint.checkpoint_every", "checkpoint.keep_last", "eval.batch_size", "cluster.num_nodes",
-    "cluster.ranks_per_node", "cluster.num_teachers",
+    "loss.max_importance", "loss.chunk_size", "lora.alpha", "optim.lr", "optim.eps", "train.num_steps", "train.batch_size",
+    "train.micro_batch_size", "train.log_every", "checkpoint.checkpoint_every", "checkpoint.keep_last", "eval.batch_size",
+    "cluster.num_nodes", "cluster.ranks_per_node", "cluster.num_teachers",
     "cluster.gpus_per_rank", "cluster.threads_per_rank", "cluster.threads_per_teacher",
     "cluster.placement_timeout_s", "cluster.start_timeout_s", "cluster.call_timeout_s", "cluster.collective_timeout_s",
 )  # fmt: skip
@@ -43,6 +54,9 @@ _NOT_NEGATIVE = (
     "data.num_threads", "train.micro_batch_tokens", "train.max_restarts", "lora.rank",
     "cluster.cpus_per_rank", "cluster.cpus_per_teacher", "cluster.gpus_per_teacher", "seed",
 )  # fmt: skip
+_AT_MOST = {
+    "td.min_avg_logprob": 0, "data.num_threads": 256, "cluster.threads_per_rank": 1024, "cluster.threads_per_teacher": 1024,
+}  # fmt: skip
 _SHARES = ("teacher.min_coverage", "data.max_bad_share", "loss.beta", "optim.min_lr_ratio")
 
 
@@ -58,17 +72,43 @@ def validate(config: Config) -> None:
     for dotted, choices in _CHOICES.items():
         if _get(config, dotted) not in choices:
             raise ValueError(f"{dotted}={_get(config, dotted)}: must be one of {', '.join(map(str, choices))}")
+    _validate_finite(config)
     for dotted in _POSITIVE:
         if not _get(config, dotted) > 0:
             raise ValueError(f"{dotted}={_get(config, dotted)}: must be above 0")
     for dotted in _NOT_NEGATIVE:
         if not _get(config, dotted) >= 0:
             raise ValueError(f"{dotted}={_get(config, dotted)}: must not be negative")
+    for dotted, most in _AT_MOST.items():
+        if not _get(config, dotted) <= most:
+            raise ValueError(f"{dotted}={_get(config, dotted)}: must be at most {most}")
     for dotted in _SHARES:
         if not 0 <= _get(config, dotted) <= 1:
             raise ValueError(f"{dotted}={_get(config, dotted)}: must be between 0 and 1")
     _validate_parts(config)
     _validate_division(config)
+
+
+def _validate_finite(values: Any, prefix: str = "") -> None:
+    """No infinite number and no NaN, in whichever key."""
+    for f in dataclasses.fields(values):
+        value = getattr(values, f.name)
+        if dataclasses.is_dataclass(value):
+            _validate_finite(value, f"{prefix}{f.name}.")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{prefix}{f.name}={value}: must be a finite number")
+
+
+def doubts(config: Config) -> list[str]:
+    """What can be run and is probably not meant, a line each."""
+    steps, warmup = config.train.num_steps, config.optim.warmup_steps
+    if warmup >= steps:
+        return [
+            f"warning: optim.warmup_steps={warmup}: the run ends after {steps} steps (train.num_steps), before the learning "
+            "rate is at its peak; lower one or raise the other"
+        ]
+    return []
 
 
 def _validate_parts(config: Config) -> None:
@@ -84,6 +124,7 @@ def _validate_parts(config: Config) -> None:
             "student: give either student.path (a model to start from) or student.init (sizes of a new one)"
         )
     _validate_data(config)
+    _validate_routes(config.teacher)
     if config.stage != "sft":
         _validate_teachers(config.teacher, config.stage)
     _validate_optional(config)
@@ -115,6 +156,13 @@ def _validate_data(config: Config) -> None:
             f"data: {has}; give data.train_manifest (one manifest) or data.train_manifests (several, by name), and set the "
             "other to null or {}"
         )
+    names = data.train_manifests.keys() | data.eval_manifests.keys()
+    for name, language in data.default_languages.items():
+        if name not in names or not isinstance(language, str):
+            raise ValueError(
+                f"data.default_languages.{name}={language}: must be the language of a manifest by its name "
+                f"({', '.join(sorted(names)) or 'there is none'})"
+            )
     for name, source in data.train_manifests.items():
         where = f"data.train_manifests.{name}"
         if (
@@ -183,18 +231,22 @@ def _validate_lora(config: Config) -> None:
 
 def _validate_optional(config: Config) -> None:
     """Keys that may be null; both are WER limits, and 0 lets only what is all right pass."""
-    for dotted in ("teacher.gate_max_wer", "td.max_wer"):
-        value = _get(config, dotted)
+    limits = {"td.max_wer": config.td.max_wer, "teacher.gate_max_wer": config.teacher.gate_max_wer}
+    routes = config.teacher.routes.items()
+    limits |= {f"teacher.routes.{name}.gate_max_wer": route.get("gate_max_wer") for name, route in routes}
+    for dotted, value in limits.items():
         if value is not None and (isinstance(value, str) or not value >= 0):
             raise ValueError(f"{dotted}={value}: must be a WER from 0 on (0.2 is 20 %), or null")
-    if config.teacher.gate_max_wer is not None and config.stage != "opd":
+    gates = [dotted for dotted, value in limits.items() if value is not None and dotted.startswith("teacher.")]
+    if gates and config.stage != "opd":
         raise ValueError(
-            f"teacher.gate_max_wer: belongs to stage opd; stage {config.stage} has td.max_wer or no teacher"
+            f"{gates[0]}: belongs to stage opd; stage {config.stage} has td.max_wer or no teacher: set it to null; "
+            "in a ladder set ladder.opd.teacher.gate_max_wer instead, in a comparison compare.arms.opd.teacher.gate_max_wer"
         )
 
 
-def _validate_teachers(teacher: TeacherConfig, stage: str) -> None:
-    """Every teacher has what its kind needs; every route has known keys and values that its keys can take."""
+def _validate_routes(teacher: TeacherConfig) -> None:
+    """Every route has known keys and values of their types, in stage sft too: it takes none, but it reads them."""
     known = {f.name for f in dataclasses.fields(teacher)} - {"routes"} | {"match", "num_workers"}
     for name, route in teacher.routes.items():
         where = f"teacher.routes.{name}"
@@ -202,9 +254,15 @@ def _validate_teachers(teacher: TeacherConfig, stage: str) -> None:
             raise ValueError(f"{where}: a route is a mapping of keys, and so is its match (field: value or values)")
         if unknown := sorted(route.keys() - known):
             raise ValueError(f"{where}: unknown key {unknown[0]}; a route has {', '.join(sorted(known))}")
-        workers = route.get("num_workers", 1)
-        if not isinstance(workers, int) or workers < 1:
-            raise ValueError(f"{where}.num_workers={workers}: must be a whole number above 0")
+        for key, (forms, meaning) in _ROUTE_FORMS.items():
+            if key in route and (not isinstance(route[key], forms) or isinstance(route[key], bool)):
+                raise ValueError(f"{where}.{key}={route[key]}: must be {meaning}")
+        if route.get("num_workers", 1) < 1:
+            raise ValueError(f"{where}.num_workers={route['num_workers']}: must be {_ROUTE_FORMS['num_workers'][1]}")
+
+
+def _validate_teachers(teacher: TeacherConfig, stage: str) -> None:
+    """Every teacher has what its kind needs."""
     for name, one in teacher.by_route().items():
         where = f"teacher.routes.{name}" if name else "teacher"
         for field, choices in (("kind", TEACHER_KINDS), ("dtype", DTYPES), ("attn_implementation", ATTENTION)):
@@ -244,6 +302,11 @@ def _validate_prompt(teacher: TeacherConfig, where: str) -> None:
         raise ValueError(
             f"{where}.prompt: kind hf needs one of {', '.join(PROMPT_FORMS)}, and may have languages; it has "
             f"{', '.join(map(str, prompt)) or 'none'} (opd/teachers/hf.py shows each form)"
+        )
+    languages = prompt.get("languages")
+    if languages is not None and not (isinstance(languages, list) and all(isinstance(one, str) for one in languages)):
+        raise ValueError(
+            f"{where}.prompt.languages={languages}: must be a list of languages (in quotes), such as [English, German]"
         )
     value = prompt[forms[0]]
     if not isinstance(value, PROMPT_FORMS[forms[0]]):

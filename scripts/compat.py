@@ -1,8 +1,9 @@
 """Whether an export runs alike under every supported transformers: python scripts/compat.py (make compat)
 
 One virtual environment for each version, in .compat/, without this project; the first run installs them (about 1.2 GB
-each). In each, scripts/compat_probe.py transcribes synthetic speech with an export of seeds/tiny_teacher. Exit status 1
-where transcripts differ from those in the project's own environment, or from what was spoken.
+each). In each, scripts/compat_probe.py transcribes synthetic speech with an export of seeds/tiny_teacher, and bench.gpu
+runs with its tiny size on the CPU. Exit status 1 where transcripts differ from those in the project's own environment, or
+from what was spoken, or where a case of bench.gpu has no figures.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ VERSIONS = ("4.57.6", "5.10.4", "5.24.0")  # the oldest that is supported, verl'
 NUM_CLIPS, NUM_LONG = 8, 42  # utterances by themselves, and in the recording of 70 s
 PAUSE = 0.1  # seconds before and after each utterance, as the tiny teacher was trained
 ENCODED_ONCE = "audio encoded once"
+BENCH = "bench.gpu, tiny"
+NOISY = "rollout_tiny/read_weights"  # a difference of two short times, which may be nothing
 WINDOW = 2.6  # seconds; an utterance is longer than half of it, so a window holds just one
 
 
@@ -86,6 +89,29 @@ def run_probe(python: Path, export: Path, audio_dir: Path, out: Path) -> dict[st
     return json.loads(out.read_text(encoding="utf-8"))
 
 
+def run_bench(python: Path, out: Path) -> list[str]:
+    """The cases of bench.gpu that have no figures in that environment, which has nothing but torch and transformers."""
+    command: list[str | Path] = [
+        python,
+        "-m",
+        "bench.gpu",
+        "--size",
+        "tiny",
+        "--device",
+        "cpu",
+        "--runs",
+        "1",
+        "--json",
+        out,
+    ]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    if not out.is_file():
+        raise ValueError(f"{python}: bench.gpu failed with status {done.returncode}:\n{done.stderr[-4000:]}")
+    rows = json.loads(out.read_text(encoding="utf-8"))
+    return [row["case"] for row in rows if row["ours_s"] is None and row["case"] != NOISY]
+
+
 def differences(own: dict[str, Any], other: dict[str, Any], texts: list[str]) -> list[str]:
     """Checks whose transcripts are not those of the project's own environment, or not what was spoken."""
     spoken = {"pipeline, 70 s": [" ".join(texts[NUM_CLIPS:])]}
@@ -118,6 +144,9 @@ def main() -> int:
             texts = write_speech(folder)
             own = run_probe(Path(sys.executable), export, folder, folder / "own.json")
             others = {name: run_probe(pythons[name], export, folder, folder / f"{name}.json") for name in pythons}
+            own["no_figures"] = run_bench(Path(sys.executable), folder / "own-bench.json")
+            for name, facts in others.items():
+                facts["no_figures"] = run_bench(pythons[name], folder / f"{name}-bench.json")
     except (ValueError, OSError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -129,14 +158,17 @@ def report(own: dict[str, Any], others: dict[str, dict[str, Any]], texts: list[s
     clips, long = (sum(len(text.split()) for text in part) for part in (texts[:NUM_CLIPS], texts[NUM_CLIPS:]))
     print(f"{NUM_CLIPS} clips of {clips} words, and a recording of {long} words; '=' where all are as spoken\n")
     columns = {f"own {own['transformers']}": own} | others
-    found = {name: differences(own, facts, texts) for name, facts in columns.items()}
+    found = {
+        name: differences(own, facts, texts) + [BENCH] * bool(facts["no_figures"]) for name, facts in columns.items()
+    }
     print(f"{'transformers':28s}" + "".join(f"{name:>14s}" for name in columns))
-    for check in [*own["checks"], "sampled", ENCODED_ONCE]:
+    for check in [*own["checks"], "sampled", ENCODED_ONCE, BENCH]:
         print(f"{check:28s}" + "".join(f"{'DIFFERS' if check in found[name] else '=':>14s}" for name in columns))
     for name, checks in found.items():
         for check in checks:
-            other = {"sampled": columns[name]["sampled"], ENCODED_ONCE: columns[name]["encoder_calls"]}
-            print(f"error: {name}: {check}: {json.dumps((columns[name]['checks'] | other)[check])}", file=sys.stderr)
+            facts = columns[name]
+            other = {"sampled": facts["sampled"], ENCODED_ONCE: facts["encoder_calls"], BENCH: facts["no_figures"]}
+            print(f"error: {name}: {check}: {json.dumps((facts['checks'] | other)[check])}", file=sys.stderr)
     return int(any(found.values()))
 
 

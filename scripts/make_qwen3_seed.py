@@ -25,10 +25,29 @@ from torch.nn import functional
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from transformers import PreTrainedTokenizerFast, Qwen3ASRConfig  # noqa: E402
-from transformers.models.qwen3_asr.feature_extraction_qwen3_asr import Qwen3ASRFeatureExtractor  # noqa: E402
-from transformers.models.qwen3_asr.modeling_qwen3_asr import Qwen3ASRForConditionalGeneration  # noqa: E402
-from transformers.models.qwen3_asr.processing_qwen3_asr import Qwen3ASRProcessor  # noqa: E402
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Make the tiny trained Qwen3-ASR, in the teacher's environment.")
+    parser.add_argument("--out", type=Path, default=ROOT / "seeds" / "tiny_qwen3_asr")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args()
+
+
+try:
+    from transformers import PreTrainedTokenizerFast, Qwen3ASRConfig
+    from transformers.models.qwen3_asr.feature_extraction_qwen3_asr import Qwen3ASRFeatureExtractor
+    from transformers.models.qwen3_asr.modeling_qwen3_asr import Qwen3ASRForConditionalGeneration
+    from transformers.models.qwen3_asr.processing_qwen3_asr import Qwen3ASRProcessor
+except ImportError as error:  # another environment: --help is answered there too
+    read_arguments()
+    sys.exit(
+        f"error: the transformers of {sys.executable} has no Qwen3-ASR: run .venv-teacher/bin/python "
+        f"scripts/make_qwen3_seed.py; `make teacher-env` makes that environment ({error})"
+    )
 
 from data.audio import SAMPLING_RATE, load_audio  # noqa: E402
 from data.manifest import read_manifest  # noqa: E402
@@ -291,14 +310,7 @@ def edit_distance(reference: list[str], hypothesis: list[str]) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Make the tiny trained Qwen3-ASR.")
-    parser.add_argument("--out", type=Path, default=ROOT / "seeds" / "tiny_qwen3_asr")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
+    arguments = read_arguments()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     try:

@@ -24,7 +24,14 @@ SEEDS = ("tiny_teacher", "tiny_student", "sentence_teacher", "sentence_student")
 
 
 def main() -> int:
-    for name in sys.argv[1:] or SEEDS:
+    names = sys.argv[1:]
+    if {"-h", "--help"} & set(names):
+        print(__doc__)
+        return 0
+    if unknown := [name for name in names if name not in SEEDS]:
+        print(f"error: {unknown[0]}: no seed that is made here; there are {', '.join(SEEDS)}", file=sys.stderr)
+        return 2
+    for name in names or SEEDS:
         run_dir = ROOT / "runs" / f"seed_{name}"
         commands = [[sys.executable, "-m", "opd.train", f"recipe={name}", f"run_dir={run_dir}"]]
         if name in BEFORE:
@@ -42,7 +49,7 @@ def main() -> int:
 
 
 def copy_seed(export: Path, target: Path) -> None:
-    """An export without its model card, which names paths of the machine it was made on; seeds/README.md says what matters."""
+    """An export without its model card: seeds/README.md says of all seeds together what matters."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(export, target, ignore=shutil.ignore_patterns("README.md"))
 

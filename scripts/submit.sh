@@ -5,10 +5,19 @@
 # doctor=true    looks whether the run can work there (opd.doctor), without running it
 set -euo pipefail
 
+usage="usage: scripts/submit.sh recipe=NAME run_dir=/absolute/path [env=NAME,NAME] [doctor=true] [section.key=value ...]"
 if [ $# -eq 0 ]; then
-    echo "usage: scripts/submit.sh recipe=NAME run_dir=/absolute/path [env=NAME,NAME] [doctor=true] [section.key=value ...]" >&2
+    echo "$usage" >&2
     exit 2
 fi
+for argument in "$@"; do
+    case "$argument" in
+        -h | --help)
+            echo "$usage"
+            sed -n '2,/^set /{s/^# //p}' "$0"
+            exit 0 ;;
+    esac
+done
 run_dir=""
 names=""
 module="opd.train"

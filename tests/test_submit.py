@@ -11,6 +11,15 @@ from main_job import ROOT
 RUN = ["recipe=tiny", "run_dir=/tmp/run-of-a-job"]
 
 
+@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["recipe=tiny", "-h"], 0), ([], 2)])
+def test_help_is_told_and_so_is_how_it_is_used(arguments: list[str], status: int) -> None:
+    result = subprocess.run(
+        [str(ROOT / "scripts" / "submit.sh"), *arguments], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == status
+    assert (result.stderr if status else result.stdout).startswith("usage: scripts/submit.sh recipe=NAME run_dir=")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

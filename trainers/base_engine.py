@@ -225,11 +225,15 @@ class StudentEngine(BaseEngine):
     def eval_mode(self, **kwargs: Any) -> Iterator[None]:
         self.mode = "eval"
         self.module.eval()
+        kept = None
         try:
             with torch.no_grad():
                 yield
+            # Where the weights were gathered for the rollout they come to lie elsewhere, and the memory is the update's.
+            if self._graph_steps is not None and self._graph_steps.reads(self.generation_module.model):
+                kept = self._graph_steps
         finally:
-            self._graph_steps = None  # its memory is the update's; the gathered weights come to lie elsewhere anyway
+            self._graph_steps = kept
             self.mode = None
 
     @abstractmethod
@@ -277,10 +281,15 @@ class StudentEngine(BaseEngine):
         model = self.generation_module.model
         if not can_step(model):
             return None
-        if get_device_name() != "cuda":
+        if not self.fixed_memory:
             return DecoderSteps(model)
         self._graph_steps = GraphSteps(model) if self._graph_steps is None else self._graph_steps.bind(model)
         return self._graph_steps
+
+    @property
+    def fixed_memory(self) -> bool:
+        """Whether a rollout's short forwards run on fixed memory, as CUDA graphs need it."""
+        return self.config.rollout.cuda_graphs and get_device_name() == "cuda"
 
     @property
     def generation_module(self) -> nn.Module:

@@ -77,6 +77,7 @@ class FSDP2Engine(StudentEngine):
                     group.reshard()
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
+        """The whole weights, float32 on the CPU, on rank 0 and an empty dictionary elsewhere; adapters are merged. A collective."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = get_model_state_dict(self.module, options=options)
         return plain_state(state, self.config.lora)

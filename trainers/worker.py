@@ -26,6 +26,7 @@ from verl.workers.engine.base import EngineRegistry
 import trainers.fsdp2  # noqa: F401  registers the engine
 from data.collate import Collator
 from opd.arkasr import blocked_token_ids, load_processor
+from opd.arkasr.loading import named_by
 from opd.config import config_from_dict
 from opd.export import save_arkasr
 from opd.peak_memory import peak_memory
@@ -33,6 +34,7 @@ from opd.rollout.ctc import CTC_FILE, CtcHead, save_ctc_head
 from opd.rollout.decode import split, uniforms
 from opd.rollout.forced import forced
 from opd.rollout.speculative import RolloutCounts, forward_cost, speculate
+from opd.support import check_top_k
 from opd.types import DTYPES, Batch, Rollout, TeacherScore
 from opd.vocab import blocked_mask
 from trainers.base_engine import init_process_group, num_elements
@@ -72,13 +74,16 @@ class StudentWorker(Worker):
         joined = time.perf_counter()
         if self.config.engine == "deepspeed":
             import trainers.zero  # noqa: F401  registers the engine; DeepSpeed takes seconds to import
-        self.processor = load_processor(self.path)
-        self.engine = EngineRegistry.new(MODEL_TYPE, self.config.engine, config=self.config, path=self.path)
-        self.engine.initialize()
+        with named_by("student.path=", self.path):
+            self.processor = load_processor(self.path)
+            self.engine = EngineRegistry.new(MODEL_TYPE, self.config.engine, config=self.config, path=self.path)
+            self.engine.initialize()
         tokenizer = self.processor.tokenizer
         vocab_size = self.engine.model_config.vocab_size
         self.eos_id, self.pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
         self.blocked_V = blocked_mask(blocked_token_ids(tokenizer, vocab_size, self.eos_id), vocab_size).to(self.device)
+        if self.config.stage == "opd":
+            check_top_k(self.config.loss.top_k, self.blocked_V)
         collator = Collator(max_seconds=self.config.data.max_seconds, on_bad_audio=self.config.data.on_bad_audio)
         self.loader = PromptLoader(
             collator, self.processor, self.config.data.num_threads, self.config.data.read_timeout_s

@@ -124,6 +124,7 @@ class ZeroEngine(StudentEngine):
     # -- one training step -----------------------------------------------------------------------------------------
 
     def backward(self, loss: torch.Tensor, is_last: bool) -> None:
+        """Adds the gradient of a scalar loss, as it is; the last micro-batch of a step completes the average over the ranks."""
         self.zero.set_gradient_accumulation_boundary(is_last)
         self.zero.backward(loss, scale_wrt_gas=False)
 
@@ -196,6 +197,8 @@ class ZeroEngine(StudentEngine):
         return found
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
+        """The whole weights, float32 on the CPU, on rank 0 and an empty dictionary elsewhere; adapters are merged. A collective."""
+
         def read(parameter: nn.Parameter) -> torch.Tensor | None:
             # Gathered on every rank, kept on the first. What is not trained has no master weight.
             master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None

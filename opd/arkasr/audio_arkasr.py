@@ -121,10 +121,14 @@ def _read_wav(source: str | io.BytesIO, name: str, offset: float, duration: floa
 
 
 def segment_bounds(num_samples: int, rate: int, offset: float, duration: float | None, where: str) -> tuple[int, int]:
-    """First sample of a segment and the one after its last. Raises ValueError for a segment behind the end."""
+    """First sample of a segment and the one after its last. Raises ValueError for an empty file, and behind the end."""
+    if num_samples == 0:
+        raise ValueError(f"{where}: is empty: remove it")
     start = round(offset * rate)
     if start >= num_samples:
-        raise ValueError(f"{where}: segment begins at {offset:g} s, but the audio has {num_samples / rate:.3f} s")
+        raise ValueError(
+            f"{where}: segment begins at {offset:g} s, but the audio has {num_samples / rate:.3f} s: correct the times"
+        )
     stop = num_samples if duration is None else min(num_samples, start + round(duration * rate))
     return start, stop
 

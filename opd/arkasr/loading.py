@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,6 +73,22 @@ def load_processor(path: str | os.PathLike) -> ArkasrProcessor:
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: has no processor of ARK-ASR ({_one_line(error)})") from error
+
+
+@contextmanager
+def named_by(key: str, path: str | os.PathLike) -> Iterator[None]:
+    """What is wrong with the checkpoint at `path` is told with the key that names it, such as "student.path="."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith(os.fspath(path)):
+            raise
+        raise ValueError(f"{key}{error}") from error
+
+
+def check_path(path: str | os.PathLike) -> None:
+    """Raises ValueError for what is neither a folder nor a Hub repository that can be read; looks at no weights."""
+    _local_folder(path, ("config.json",))
 
 
 # -- a checkpoint's files, checked before they are read ------------------------------------------------------------------

@@ -30,7 +30,8 @@ def findings_of(arguments: list[str], scratch: Path) -> tuple[str, dict[str, Fin
         config = load_config(arguments, check=False)
     except ValueError as error:
         examine([packages], None, findings)
-        fix = "print_config=true shows every key with its meaning"
+        lists_recipes = str(error).startswith(("no recipe given", "recipe="))
+        fix = "" if lists_recipes else "print_config=true shows every key with its meaning"
         return "opd.doctor", findings | {
             "config": Finding("fail", sentence(error), fix),
             "all others": Finding("skipped", "needs what failed: config"),

@@ -94,8 +94,13 @@ class _RowLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         return self.writes.end if self.is_initialized else 0
 
-    def get_max_cache_shape(self) -> int:
+    def get_max_length(self) -> int:
+        """No limit of its own."""
         return -1
+
+    def get_max_cache_shape(self) -> int:
+        """The older name of `get_max_length`."""
+        return self.get_max_length()
 
 
 class RowCache(Cache):

@@ -55,4 +55,5 @@ class CtcHead:
 
 
 def save_ctc_head(folder: Path, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype) -> None:
+    """Writes weight (V, D) and bias (V,) into the folder of an export, in `dtype`, for `CtcHead.load`."""
     save_file({"weight": weight.to(dtype).contiguous(), "bias": bias.to(dtype).contiguous()}, folder / CTC_FILE)

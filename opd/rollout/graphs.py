@@ -15,7 +15,7 @@ from torch import nn
 
 from opd.rollout.cache import KeyStore, RowCache, first_slots
 from opd.rollout.drafts import MAX_WIDTH
-from opd.rollout.steps import DecoderSteps
+from opd.rollout.steps import DecoderSteps, can_step
 
 SLOTS = 64  # the number of slots is a multiple of it: attention kernels want masks of aligned rows
 WIDTHS = (1, 2, 4, 8, 16, 32, MAX_WIDTH + 1)
@@ -46,6 +46,15 @@ class GraphSteps:
             self.steps, self._addresses = steps, addresses
             self._forget()
         return self
+
+    def reads(self, model: nn.Module) -> bool:
+        """Whether the model's weights are where the last rollout found them, so that its graphs can be kept."""
+        return can_step(model) and DecoderSteps(model).addresses() == self._addresses
+
+    @property
+    def num_graphs(self) -> int:
+        """Graphs that are captured now."""
+        return sum(bucket.graph is not None for bucket in self._buckets.values())
 
     def new_cache(self, num_rows: int, num_slots: int) -> RowCache:
         """The cache of a rollout: `num_slots` are the most that a row can need. There is one at a time."""
@@ -89,15 +98,27 @@ class GraphSteps:
         bucket.num_runs += 1
         if self.use_graphs and bucket.graph is None and bucket.num_runs > 1:
             # The first run has set up what libraries set up at their first call.
-            bucket.graph = torch.cuda.CUDAGraph()
-            # Other threads of the process (audio readers) may use CUDA meanwhile.
-            with torch.cuda.graph(bucket.graph, pool=self._pool, capture_error_mode="thread_local"):
-                bucket.compute(self.steps)
-            self._pool = bucket.graph.pool() if self._pool is None else self._pool
+            bucket.graph = self._capture(bucket)
         if bucket.graph is None:
             bucket.compute(self.steps)
         else:
             bucket.graph.replay()
+
+    def _capture(self, bucket: _Bucket) -> Any:
+        """The graph of a bucket's forward. Raises RuntimeError, which says how to do without, where there can be none."""
+        try:
+            graph = torch.cuda.CUDAGraph()
+            # Other threads of the process (audio readers) may use CUDA meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                bucket.compute(self.steps)
+        except RuntimeError as error:
+            size = "{} rows of {} tokens".format(*bucket.ids_RW.shape)
+            raise RuntimeError(
+                f"the rollout's forward of {size} cannot be captured as a CUDA graph ({str(error).strip()}): set "
+                "rollout.cuda_graphs=false, which is slower and writes the same"
+            ) from error
+        self._pool = graph.pool() if self._pool is None else self._pool
+        return graph
 
 
 class _Bucket:

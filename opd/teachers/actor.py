@@ -162,6 +162,13 @@ class TeacherGroup:
         self._busy_s += busy_s
         return self.counts["aligned"] / max(1, self.counts["positions"])
 
+    def metrics(self) -> dict[str, float]:
+        """Of `counts`: halved micro-batches, and the share of the responses that did not map id for id."""
+        return {
+            "teacher/halved": self.counts["halved"],
+            "align/retokenised_share": self.counts["retokenised"] / max(1, self.counts["responses"]),
+        }
+
     def take_busy_s(self) -> float:
         """Seconds of scoring since this was last asked: of each step, the longest worker's."""
         busy_s, self._busy_s = self._busy_s, 0.0

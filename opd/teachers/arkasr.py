@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from opd.arkasr import load_model, load_processor
+from opd.arkasr.loading import named_by
 from opd.encoding import encode_by_length
 from opd.teachers.causal import CausalTeacher, Inputs
 from opd.types import Batch
@@ -17,7 +18,8 @@ class ArkasrTeacher(CausalTeacher):
     """An ARK-ASR checkpoint. Its prompt names no language."""
 
     def load(self, path: str, dtype: torch.dtype, attn_implementation: str) -> tuple[Any, Any]:
-        return load_model(path, dtype=dtype, attn_implementation=attn_implementation), load_processor(path)
+        with named_by("teacher.path=", path):
+            return load_model(path, dtype=dtype, attn_implementation=attn_implementation), load_processor(path)
 
     def prompts_of(self, utterances: Batch, waveforms: list[np.ndarray]) -> list[tuple[list[int], Inputs]]:
         """One group: the encoder masks padding."""

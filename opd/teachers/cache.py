@@ -128,6 +128,7 @@ class CachedTeacher:
     # -- scores ------------------------------------------------------------------------------------------------------
 
     def score(self, utterances: Batch, rollout: Tensors) -> Tensors:
+        """`TeacherScore` of a `Rollout`, both as dictionaries with the same B and T; kept rows are read, not scored."""
         return self.score_and_count(utterances, rollout)[0]
 
     def score_and_count(self, utterances: Batch, rollout: Tensors) -> tuple[Tensors, dict[str, int]]:

@@ -15,6 +15,7 @@ import torch
 
 from data.collate import Collator
 from opd.arkasr import ArkasrConfig, load_processor
+from opd.arkasr.loading import named_by
 from opd.cpu_linear import use_faster_linears
 from opd.rollout.decode import decode
 from opd.support import candidate_ids, score_support
@@ -46,7 +47,8 @@ class CausalTeacher(ABC):
         # The policy for bad audio is the student's: what it could not read comes here as an empty row.
         self.collator = Collator(max_seconds=config["data"]["max_seconds"], on_bad_audio="skip")
 
-        student = load_processor(student_path).tokenizer
+        with named_by("student.path=", student_path):
+            student = load_processor(student_path).tokenizer
         student_vocab_size = ArkasrConfig.from_pretrained(student_path).vocab_size
         vocab_size = self.model.get_output_embeddings().weight.shape[0]
         self.ends = self.end_ids()

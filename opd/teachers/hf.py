@@ -201,6 +201,11 @@ def load_known(auto_class: Any, path: str) -> Any:
         return auto_class.from_pretrained(path)
     except (ValueError, KeyError) as error:
         raise _unknown(path, f"cannot read it ({' '.join(str(error).split())[:200]})") from error
+    except OSError as error:
+        raise ValueError(
+            f"teacher.path={path}: neither a folder nor a Hub repository that can be read here; check the path, or the "
+            f"repository, network and token ({' '.join(str(error).split())[:200]})"
+        ) from error
 
 
 def _unknown(path: str, what: str) -> ValueError:

@@ -38,6 +38,7 @@ class Qwen3AsrTeacher(HfTeacher):
         return [(list(range(len(rows))), self.join(rows))]
 
     def prompt_row(self, clip: np.ndarray, spoken: Spoken | None) -> Inputs:
+        """The inputs of one clip, float32 (S,) at 16 kHz, as a batch of one; `spoken` None: the prompt names no language."""
         return self.read_prompt(PROMPT if spoken is None else PROMPT + LANGUAGE_TAG.format(name=spoken.name), clip)
 
     def _add_detected(self, rows: list[Inputs]) -> None:

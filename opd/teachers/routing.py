@@ -15,7 +15,7 @@ from opd.teachers.languages import EVERY_LANGUAGE, find_language, known_language
 from opd.types import Utterance
 
 if TYPE_CHECKING:
-    from opd.schema import Config
+    from opd.schema import Config, TeacherConfig
 
 
 OWN_FIELDS = {field.name for field in dataclasses.fields(Utterance)} - {"extra"}
@@ -33,6 +33,23 @@ class Router:
     def route(self, utterance: Utterance) -> str | None:
         """Name of the first teacher that takes the utterance; None where none does."""
         return next((name for name, match in self.matches.items() if _matches(utterance, match)), None)
+
+    def path_of(self, utterance: Utterance) -> str:
+        """Where the model of the utterance's teacher is."""
+        return str(self._teacher(utterance).path)
+
+    def gate_of(self, utterance: Utterance) -> float | None:
+        """The WER beyond which the utterance's teacher is not believed; None where it always is."""
+        return self._teacher(utterance).gate_max_wer
+
+    @property
+    def has_gate(self) -> bool:
+        return any(teacher.gate_max_wer is not None for teacher in self.teachers.values())
+
+    def _teacher(self, utterance: Utterance) -> TeacherConfig:
+        name = self.route(utterance)
+        assert name is not None, "all utterances were checked to have a teacher"
+        return self.teachers[name]
 
     def split(self, utterances: Sequence[Utterance]) -> dict[str, list[int]]:
         """Teacher -> the utterances' indices, in the order of the routes. All are routed (see `check`)."""

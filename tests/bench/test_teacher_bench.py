@@ -7,7 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.teacher import Scene, Sizes, check, compare, make_random_teacher, make_scene, ours, random_scene
+from bench.tables import Row
+from bench.teacher import (
+    LEAST,
+    OTHER,
+    SCENES,
+    Scene,
+    Sizes,
+    check,
+    compare,
+    make_random_teacher,
+    make_scene,
+    missed_targets,
+    ours,
+    random_scene,
+)
 
 SEEDS = Path(__file__).resolve().parents[2] / "seeds"
 SMALL = Sizes(rows=2, seconds=1.0, tokens=5, vocab_size=1000, width=64, num_layers=2)
@@ -47,3 +61,18 @@ def test_numbers_that_differ_are_not_timed(scene: Scene) -> None:
             check(scene)
     finally:
         scene.tables = tables
+
+
+def test_what_is_slower_or_larger_than_it_should_be_is_named() -> None:
+    assert list(SCENES) == list(LEAST)
+    met = [
+        Row("teacher/tiny", 1.0, OTHER, 0.95, 0.95, 20.0, 19.0),
+        Row("teacher/large_vocab", 1.0, OTHER, 2, 2, 20, 90),
+    ]
+    assert missed_targets(met) == []
+    missed = [Row("teacher/tiny", 1.0, OTHER, 0.8, 0.8, 9, 9), Row("teacher/large_vocab", 1.0, OTHER, 1.4, 1.4, 30, 90)]
+    assert missed_targets(missed) == [
+        "teacher/tiny: 0.80 times as fast, target 0.9",
+        "teacher/large_vocab: 1.40 times as fast, target 1.5",
+        "teacher/large_vocab: 30 MB, target 0.25 of 90 MB",
+    ]

@@ -15,7 +15,18 @@ from pathlib import Path
 import datasets
 import numpy as np
 import soundfile
-from main_job import BIN, ONE_RANK, ROOT, command, run, start, wait_for_checkpoint, wait_for_job_server, wait_for_step
+from main_job import (
+    BIN,
+    ONE_RANK,
+    ROOT,
+    command,
+    last_of_each,
+    run,
+    start,
+    wait_for_checkpoint,
+    wait_for_job_server,
+    wait_for_step,
+)
 
 from data.manifest import read_manifest, write_manifest
 
@@ -67,7 +78,7 @@ def preempt(arguments: list[str], env: dict[str, str], run_dir: Path) -> Result:
     (saved,) = (run_dir / "checkpoints").glob("step-*")
     step = int(saved.name.removeprefix("step-"))
     assert 3 <= step <= 12
-    assert f"stopped after step {step}, which is saved; start again with the same command" in printed
+    assert f"stopped after step {step}, which is saved; start again with the same command and run_dir" in printed
     result = run(arguments, env)
     assert f"going on after step {step} of 40" in result.stdout
     return result
@@ -104,7 +115,9 @@ def run_with_two_batch_sizes(speech: dict[str, Path], run_dir: Path, env: dict[s
     assert result.returncode == 0, result.stderr[-3000:]
     shutil.rmtree(run_dir / "checkpoints" / "step-000006")  # as if it had been stopped before
     (run_dir / "summary.json").unlink()
-    return run([*arguments, "train.batch_size=12", "cluster.ranks_per_node=2"], env)
+    return run(
+        [*arguments[:3], *last_of_each([*arguments[3:], "train.batch_size=12", "cluster.ranks_per_node=2"])], env
+    )
 
 
 def submit(arguments: list[str], cluster: dict[str, str]) -> Result:

@@ -42,7 +42,7 @@ def new_batches(path: Path, feed: ManifestFeed, with_gate: bool, read: list[Batc
     config = load_config(
         ["recipe=tiny", "train.batch_size=4", "train.micro_batch_size=2", "train.num_steps=7", *overrides]
     )
-    gate = TeacherGate(0.0, transcribe, "opd-basic-1") if with_gate else None
+    gate = TeacherGate(lambda _: 0.0, transcribe, "opd-basic-1") if with_gate else None
     return Batches(config, feed, gate, read.append, BatchLog(path, 0, is_on=False))
 
 

@@ -132,6 +132,45 @@ def test_tables(tmp_path):
     assert "| license |" not in text
 
 
+def test_no_folder_of_this_machine_is_told(tmp_path):
+    home = "/home/someone/private"
+    facts = {
+        "recipe": "tiny",
+        "export_dir": f"{home}/runs/x/export",
+        "eval_manifests": {"dev": f"{home}/dev.jsonl"},
+        "teacher_data": {"teacher": f"{home}/models/large, org/small"},
+        "config": {
+            "run_dir": f"{home}/runs/x",
+            "student": {"path": f"{home}/models/start"},
+            "teacher": {"path": "org/small", "python_path": "~/someone/bin/python", "prompt": {"text": "/no_think"}},
+            "data": {"train_manifest": f"hf:{home}/digits?split=train", "several": [f"{home}/a.jsonl", "b/c.jsonl"]},
+        },
+    }
+    text = write_model_card(tmp_path, facts).read_text(encoding="utf-8")
+    assert "someone" not in text
+    assert "run_dir" not in text
+    assert "export_dir" not in text
+    for row in (
+        "eval_manifests.dev | dev.jsonl", "teacher_data.teacher | large, org/small", "student.path | start",
+        "teacher.path | org/small", "teacher.python_path | python", "teacher.prompt.text | /no_think",
+        "data.train_manifest | hf:digits?split=train", "data.several | ['a.jsonl', 'b/c.jsonl']",
+    ):  # fmt: skip
+        assert f"| {row} |" in text
+
+
+def test_numbers_are_rounded_among_the_facts(tmp_path):
+    times = {"total": 19.731047461769776, "ray": 0.0001879499905044213, "none": 0.0, "long": 12345.678}
+    text = write_model_card(tmp_path, {"start": times, "config": {"lr": 0.00012345}}).read_text(encoding="utf-8")
+    rows = (
+        "start.total | 19.73",
+        "start.ray | 0.00019",
+        "start.none | 0.0",
+        "start.long | 12345.68",
+        "lr | 0.00012345",
+    )
+    assert all(f"| {row} |" in text for row in rows)
+
+
 # -- .eval_results -----------------------------------------------------------------------------------------------------
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from main_job import last_of_each
 
 from data.manifest import write_manifest
-from opd.compare import arm_configs, compare_arms, paired_bootstrap, run_comparison
-from opd.config import load_config
+from opd.compare import Finished, arm_configs, compare_arms, paired_bootstrap, run_comparison
+from opd.config import config_from_dict, load_config
 from opd.types import Utterance
 
 COMPARE = [
@@ -22,7 +23,7 @@ COMPARE = [
 
 def test_arms_are_runs_from_one_start() -> None:
     settings = "compare.settings={clean: {}, noisy: {change: {optim: {lr: 0.5}}, arms: {opd: {loss: {top_k: 4}}}}}"
-    arms = arm_configs(load_config([*COMPARE, settings]))
+    arms = arm_configs(load_config(last_of_each([*COMPARE, settings])))
     names = [(arm.setting, arm.seed, arm.name) for arm in arms]
     clean = [("clean", seed, name) for seed in (0, 1) for name in ("more_sft", "opd", "paper")]
     assert names == [*clean, ("noisy", 0, "opd"), ("noisy", 1, "opd")]
@@ -38,7 +39,30 @@ def test_arms_are_runs_from_one_start() -> None:
     ("override", "message"),
     [
         ("compare.seeds=[]", "compare.seeds is missing"),
-        ("compare.base_arm=other", "other is no arm; there are more_sft, opd, paper"),
+        ("compare.seeds=3", r"compare.seeds=3: must be a list of whole numbers, such as \[0, 1, 2\]"),
+        ("compare.seeds=[true]", r"compare.seeds=\[True\]: must be a list of whole numbers"),
+        ("compare.seeds=[0, 0]", r"compare.seeds=\[0, 0\]: a seed stands twice"),
+        ("compare.base_arm=other", "compare.base_arm: other is no arm; there are more_sft, opd, paper"),
+        ("compare.base_arm=[opd]", r"compare.base_arm=\['opd'\]: must be the name of an arm, such as opd"),
+        ("compare.eval_set=[a]", "compare.eval_set=.*: must be the name of a set of data.eval_manifests"),
+        ("compare.equal_cpu=true", r"compare.equal_cpu=True: must be a list of arms, such as \[more_sft\]"),
+        ("compare.equal_cpu=more_sft", r"compare.equal_cpu=more_sft: must be a list of arms"),
+        ("compare.equal_cpu=[[opd]]", "compare.equal_cpu: .*opd.* is no arm"),
+        ("compare.arms=[more_sft, opd]", "compare.arms=.*: must be a mapping of arms to what differs, such as"),
+        ("compare.arms.opd=5", "compare.arms.opd=5: must be a mapping"),
+        ("compare.arms.opd=false", "compare.arms.opd=False: must be a mapping"),
+        ("compare.settings=[a]", r"compare.settings=\['a'\]: must be a mapping of settings"),
+        ("compare.settings={a: 5}", "compare.settings.a=5: must be a mapping"),
+        ("compare.settings={a: {arms: [opd]}}", r"compare.settings.a.arms=\['opd'\]: must be a mapping"),
+        ("compare.settings={a: {arms: {opd: 5}}}", "compare.settings.a.arms.opd=5: must be a mapping"),
+        ("compare.settings={a: {change: 5}}", "compare.settings.a.change=5: must be a mapping"),
+        ("compare.settings={a: {change: {optim: {lrr: 1}}}}", "compare.settings.a.change: unknown key optim.lrr"),
+        ("compare.settings={a: {arms: {more_sft: {}}}}", "compare.settings.a.arms: opd is missing, the base arm"),
+        (
+            "compare.settings={a: {change: {data: {eval_manifests: {b: b.jsonl}}}}}",
+            "compare.eval_set=unseen_voices: not in data.eval_manifests of arm more_sft in setting a, which has b",
+        ),
+        ("stages=[sft, opd]", r"stages=.* and compare are both given: .*\(stages=\[\] or compare={}\)"),
         ("compare.eval_set=other", "compare.eval_set=other: not in data.eval_manifests"),
         ("compare.colour=red", "compare: unknown key colour"),
         ("compare.settings={a: {arms: {x: {}}}}", "unknown arm x"),
@@ -48,7 +72,7 @@ def test_arms_are_runs_from_one_start() -> None:
 )
 def test_a_comparison_that_cannot_run_is_refused_at_once(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        load_config([*COMPARE, override])
+        load_config(last_of_each([*COMPARE, override]))
 
 
 def test_the_interval_is_that_of_the_difference() -> None:
@@ -85,14 +109,16 @@ def summary_of(folder: Path, texts: list[str], manifest: Path, cpu: float, steps
 def test_the_table_counts_errors_over_the_seeds(tmp_path: Path) -> None:
     manifest = tmp_path / "eval.jsonl"
     write_manifest(manifest, [Utterance(f"u{i}", f"{i}.wav", "one two", "English") for i in range(3)])
-    rows = {
+    summaries = {
         "a": [
             summary_of(tmp_path / "a0", ["one two"] * 3, manifest, 4.0, 10),
             summary_of(tmp_path / "a1", ["one", "one two", "one two"], manifest, 6.0, 10),
         ],
         "base": [summary_of(tmp_path / f"b{i}", ["one", "one", "one two"], manifest, 9.0, 10) for i in range(2)],
     }
-    table = {row["arm"]: row for row in compare_arms(rows, "base", "unseen_voices", "opd-basic-1")}
+    config = config_from_dict({"recipe": "none", "eval": {"normaliser": "opd-basic-1"}})
+    rows = {name: [Finished(config, summary) for summary in of_arm] for name, of_arm in summaries.items()}
+    table = {row["arm"]: row for row in compare_arms(rows, "base", "unseen_voices")}
     assert table["a"]["wer_mean"] == pytest.approx(1 / 12)
     assert table["a"]["wer_sd"] == pytest.approx(np.std([0, 1 / 6], ddof=1))
     assert table["a"]["difference"] == pytest.approx((1 - 4) / 12)
@@ -100,20 +126,62 @@ def test_the_table_counts_errors_over_the_seeds(tmp_path: Path) -> None:
     assert "difference" not in table["base"]
 
 
+def test_a_line_without_a_language_is_compared_by_the_rules_of_its_run(tmp_path: Path) -> None:
+    manifest = tmp_path / "eval.jsonl"
+    write_manifest(manifest, [Utterance("u0", "0.wav", "it is twenty one", None)])
+    folders = {name: summary_of(tmp_path / name, [text], manifest, 4.0, 10) for name, text in
+               (("a", "it's 21"), ("base", "it is twenty one"))}  # fmt: skip
+    for language, wrong in (("English", False), (None, True)):
+        config = config_from_dict({"recipe": "none", "data": {"default_language": language}})
+        rows = {name: [Finished(config, summary)] for name, summary in folders.items()}
+        (row, _) = compare_arms(rows, "base", "unseen_voices")
+        assert (row["difference"] > 0) is wrong, "the English rules write both the same way"
+
+
+def comparison_of(folder: Path) -> list[str]:
+    """Two arms on manifests whose lines are all that is looked at before training."""
+    labelled = [Utterance(f"u{i}", f"{i}.wav", "one two", "English") for i in range(3)]
+    write_manifest(folder / "eval.jsonl", labelled)
+    data = "data: {train_manifest: " + str(folder / "eval.jsonl") + "}"
+    return [
+        *COMPARE, f"compare.arms={{more_sft: {{stage: sft, {data}}}, opd: {{}}}}", f"run_dir={folder / 'run'}",
+        f"data.train_manifest={folder / 'eval.jsonl'}", f"data.eval_manifests={{unseen_voices: {folder / 'eval.jsonl'}}}",
+        "train.num_steps=100",
+    ]  # fmt: skip
+
+
+def test_what_a_later_arm_cannot_run_with_is_refused_before_the_first(tmp_path: Path) -> None:
+    begun = []
+    config = load_config([*comparison_of(tmp_path), "compare.arms.opd.teacher.python_path=no/python"])
+    with pytest.raises(ValueError, match="setting default, arm opd: teacher.python_path=no/python: there is no such"):
+        run_comparison(config, lambda arm: begun.append(arm) or {})
+    assert begun == []
+
+
+def test_equal_cpu_is_refused_where_the_time_allows_no_step(tmp_path: Path) -> None:
+    """The base arm's 3 s are less than the 5 s for which a teacher writes the transcripts of stage td."""
+
+    def train(config) -> dict:
+        is_td = config.stage == "td"
+        summary = summary_of(Path(config.run_dir), ["one two"] * 3, tmp_path / "eval.jsonl", 9.0 if is_td else 2.0, 100)
+        return summary | ({"stage": "td", "cpu_seconds": {"student": 9.0, "teacher": 5.0}} if is_td else {})
+
+    arms = ["compare.arms={opd: {}, kd: {stage: td}}", "compare.equal_cpu=[kd]"]
+    with pytest.raises(ValueError, match="compare.equal_cpu: in setting default, kd takes 5 s .* opd takes only 3 s"):
+        run_comparison(load_config([*comparison_of(tmp_path), *arms]), train)
+
+
 def test_equal_cpu_gives_an_arm_the_steps_that_the_base_arm_s_time_allows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    manifest = tmp_path / "eval.jsonl"
-    write_manifest(manifest, [Utterance(f"u{i}", f"{i}.wav", "one two", "English") for i in range(3)])
     asked = []
 
     def train(config) -> dict:
         asked.append((Path(config.run_dir).name, config.seed, config.train.num_steps))
         cpu = {"more_sft": 3.0, "opd": 9.0}.get(Path(config.run_dir).name, 7.0)
-        return summary_of(Path(config.run_dir), ["one two"] * 3, manifest, cpu, config.train.num_steps)
+        return summary_of(Path(config.run_dir), ["one two"] * 3, tmp_path / "eval.jsonl", cpu, config.train.num_steps)
 
-    arms = "compare.arms={more_sft: {stage: sft, data: {train_manifest: few.jsonl}}, opd: {}}"
-    summary = run_comparison(load_config([*COMPARE, arms, f"run_dir={tmp_path / 'run'}", "train.num_steps=100"]), train)
+    summary = run_comparison(load_config(comparison_of(tmp_path)), train)
     assert asked[:4] == [("more_sft", 0, 100), ("opd", 0, 100), ("more_sft", 1, 100), ("opd", 1, 100)]
     # 10 s of student and teacher against 4 s for a hundred steps.
     assert asked[4:] == [("more_sft-equal-cpu", 0, 250), ("more_sft-equal-cpu", 1, 250)]

@@ -10,6 +10,7 @@ import pytest
 
 from opd.config import RECIPES_DIR, Config, config_from_dict, describe, list_recipes, load_config, take_flag
 from opd.resolve import resolve
+from opd.validate import doubts
 
 SEVERAL = ["recipe=tiny", "data.train_manifest=null", "data.train_manifests.a.path=a.jsonl"]
 
@@ -53,17 +54,44 @@ def test_overrides_win_over_the_recipe() -> None:
         (["recipe=nowhere/x.yaml"], "no such file"),
         (["recipe=tiny", "optim.lrr=1"], "unknown key optim.lrr; did you mean optim.lr?"),
         (["recipe=tiny", "optimm.lr=1"], "unknown key optimm.lr; did you mean optim.lr?"),
+        (["recipe=tiny", "seed=1", "--seed=2"], "command line: seed= is given twice: give it once"),
         (["recipe=tiny", "optim=1"], "optim is a section"),
         (["recipe=tiny", "seed.x=1"], "seed has no keys below it"),
         (["recipe=tiny", "verbose"], "write it as section.key=value"),
-        (["recipe=tiny", "optim.lr=fast"], "optim.lr.*could not be converted"),
+        (["recipe=tiny", "lr=1"], r"unknown key lr; did you mean optim.lr\?"),
+        (["recipe=tiny", "train.lr=1"], r"unknown key train.lr; did you mean optim.lr\?"),
+        (["recipe=tiny", "batch_size=1"], r"did you mean train.batch_size or eval.batch_size\?"),
+        (["recipe=tiny", "optim.learning_rate=1"], "unknown key optim.learning_rate; optim has lr, betas, eps"),
+        (["recipe=tiny", "zzz=1"], "unknown key zzz; print_config=true shows every key"),
+        (["recipe=tiny", "run_dir="], r"run_dir= is empty: give it a value, or leave it out \(run_dir=null\)"),
+        (["recipe=tiny", "optim.lr=fast"], "^optim.lr=fast: must be a number$"),
+        (["recipe=tiny", "train.num_steps=abc"], "^train.num_steps=abc: must be a whole number$"),
+        (["recipe=tiny", "train.num_steps=1.5"], "^train.num_steps=1.5: must be a whole number$"),
+        (["recipe=tiny", "optim.betas=[a,b]"], r"^optim.betas=\['a', 'b'\]: must be a list of numbers"),
+        (["recipe=tiny", "export.private=perhaps"], "^export.private=perhaps: must be true or false, or null$"),
+        (["recipe=tiny", "wandb.mode=off"], "wandb.mode=off: must be one of online, offline, disabled"),
+        (["recipe=tiny", "optim.lr=1e400"], "optim.lr=inf: must be a finite number"),
+        (["recipe=tiny", "optim.max_grad_norm=.inf"], "optim.max_grad_norm=inf: must be a finite number"),
+        (["recipe=tiny", "teacher.gate_max_wer=.nan"], "teacher.gate_max_wer=nan: must be a finite number"),
+        (["recipe=tiny", "loss.max_importance=-1"], "loss.max_importance=-1.0: must be above 0"),
+        (["recipe=tiny", "td.min_avg_logprob=3"], "td.min_avg_logprob=3.0: must be at most 0"),
+        (["recipe=tiny", "data.num_threads=100000"], "data.num_threads=100000: must be at most 256"),
         (["recipe=tiny", "optim.lr=0"], "optim.lr=0.*above 0"),
         (["recipe=tiny", "data.train_manifest=null"], "data: neither is given; give data.train_manifest"),
         (["recipe=tiny", "data.train_manifests.a.path=a.jsonl"], "data: both are given; .* set the other to null"),
         ([*SEVERAL, "data.train_manifests.b=b.jsonl"], r"train_manifests.b: must be {path: ..., weight: ...}"),
         ([*SEVERAL, "data.train_manifests.b.wight=2"], r"train_manifests.b: must be {path"),
         ([*SEVERAL, "data.train_manifests.a.weight=0"], "train_manifests.a.weight=0: must be a number above 0"),
-        ([*SEVERAL, "data.train_manifests.a.path=stage:td"], "only data.train_manifest may name another stage"),
+        (
+            ["recipe=tiny", "teacher.routes={a: {gate_max_wer: -0.2}}"],
+            r"routes\.a\.gate_max_wer=-0\.2: must be a WER from 0",
+        ),
+        (
+            ["recipe=tiny", "stage=td", "teacher.routes={a: {gate_max_wer: 0.2}}"],
+            r"routes\.a\.gate_max_wer: belongs to stage",
+        ),
+        ([*SEVERAL, "data.default_languages.b=German"], r"default_languages.b=German: .* by its name \(a, seen_voices"),
+        ([*SEVERAL[:2], "data.train_manifests.a.path=stage:td"], "only data.train_manifest may name another stage"),
         ([*SEVERAL, "stage=td"], "stage=td: works with one manifest"),
         ([*SEVERAL, "data.sorted_epochs=1"], "data.sorted_epochs: works with one manifest"),
         (["recipe=tiny", STREAM, "stage=td"], "stage=td: not with hf:a.stream=true, which is a stream"),
@@ -108,6 +136,24 @@ def test_a_wrong_key_in_a_recipe_names_the_file(tmp_path: Path) -> None:
         load_config([f"recipe={recipe}"])
 
 
+def test_a_truth_value_where_a_recipe_is_to_hold_text_asks_for_quotes(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("wandb: {mode: off}\n")
+    with pytest.raises(ValueError, match="wandb.mode=False: must be text; put it in quotes"):
+        load_config([f"recipe={recipe}"])
+
+
+def test_values_are_read_as_their_keys_hold_them() -> None:
+    config = load_config(["recipe=tiny", "train.num_steps=1e2", "teacher.language=no", "export.license=1e5"])
+    assert (config.train.num_steps, config.teacher.language, config.export.license) == (100, "no", "1e5")
+
+
+def test_a_warm_up_that_outlasts_the_run_is_doubted() -> None:
+    assert doubts(load_config(["recipe=tiny"])) == []
+    (line,) = doubts(load_config(["recipe=tiny", "train.num_steps=3"]))
+    assert line.startswith("warning: optim.warmup_steps=50: the run ends after 3 steps")
+
+
 def test_print_config_shows_each_key_with_its_meaning() -> None:
     config = load_config(["recipe=tiny"])
     lines = describe(config).splitlines()
@@ -137,7 +183,7 @@ def test_teachers_are_counted_over_all_routes() -> None:
 def test_several_manifests_are_made_where_they_can_be_and_have_absolute_paths(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"audio": "a.wav"}')
     sources = ["data.train_manifests.a.weight=0.5", "data.train_manifests.b.path=nowhere.jsonl"]
-    data = [*SEVERAL, f"data.train_manifests.a.path={tmp_path}/x/../a.jsonl", *sources, "data.eval_manifests={}"]
+    data = [*SEVERAL[:2], f"data.train_manifests.a.path={tmp_path}/x/../a.jsonl", *sources, "data.eval_manifests={}"]
     (tmp_path / "x").mkdir()
     data.append("data.train_manifests.c.path=hf:recipes?split=train&text=words")
     config = resolve(load_config([*data, f"run_dir={tmp_path / 'run'}"]))

@@ -175,6 +175,11 @@ def test_a_config_that_cannot_be_read_is_one_row(capsys: pytest.CaptureFixture[s
     assert found["config"][0] == "fail"
     assert "unknown key optim.lrr; did you mean optim.lr? fix: print_config=true" in found["config"][1]
     assert found["all others"] == ("skipped", "needs what failed: config")
+    for arguments in (["optim.lr=1"], ["recipe=tinyy"]):
+        assert main(arguments) == 1
+        found = table(capsys.readouterr().out)
+        assert "tiny_teacher" in found["config"][1]
+        assert "fix:" not in found["config"][1]
 
 
 # -- one check at a time -----------------------------------------------------------------------------------------------
@@ -302,7 +307,7 @@ def test_a_foreign_or_busy_run_directory_is_named(speech: dict[str, Path], tmp_p
 
 def test_a_run_directory_that_is_there_is_compared_with_the_config(speech: dict[str, Path], tmp_path: Path) -> None:
     relative = f"data.train_manifest={os.path.relpath(speech['unlabelled'])}"  # the run saves it as an absolute path
-    config = load_config([*command(speech, tmp_path / "run")[3:], relative])
+    config = load_config(command(speech, tmp_path / "run", relative)[3:])
     saved = RunDir.open(tmp_path / "run", portable(resolve(config).to_dict()))
     saved.begin_save(2)
     saved.commit_save(2, {})

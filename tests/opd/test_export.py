@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
@@ -15,9 +14,9 @@ from hub_server import HubServer
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from stopped_run import stopped_run
 
 from opd.arkasr import CODE_FILES, ArkasrConfig, ArkasrForConditionalGeneration
-from opd.config import load_config
 from opd.export import export_checkpoint, load_model, load_processor, main, save_arkasr
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -212,48 +211,10 @@ def test_a_config_in_the_style_of_transformers_4_is_read(tiny_dir, model, tmp_pa
 
 # -- python -m opd.export ----------------------------------------------------------------------------------------------
 
-RESULT = {"num_utterances": 12, "num_ref_words": 40, "normaliser": "opd-basic-1"}
-
-
-def rates(wer):
-    return {"wer": wer, "cer": wer / 2, **RESULT}
-
 
 @pytest.fixture(scope="module")
-def run_dir(tiny_dir, model, tmp_path_factory):
-    """What a run leaves that evaluated every 10 steps, stopped early after step 30 and exported the better step 20.
-
-    The weights of checkpoint N have N added to the last norm.
-    """
-    import torch.distributed.checkpoint as dcp
-
-    from opd.checkpoint import RunDir
-    from opd.metrics import MetricsLog
-
-    path = tmp_path_factory.mktemp("runs") / "stopped"
-    overrides = ["eval.eval_every=10", "eval.patience=1", "train.num_steps=100", "export.dtype=bfloat16"]
-    config = load_config(["recipe=tiny", f"student.path={tiny_dir}", *overrides]).to_dict()
-    config["checkpoint"]["keep_last"] = 9
-    run = RunDir.open(path, config)
-    log = MetricsLog(path, config, "disabled", "", 100, 100)
-    before = {"seen_voices": rates(1.5)}
-    log.log_eval(0, "seen_voices", before["seen_voices"])
-    for step, wer in ((10, 0.4), (15, None), (20, 0.2), (30, 0.3)):
-        state = {f"model.{name}": tensor.clone() for name, tensor in model.state_dict().items()}
-        state["model.model.norm.weight"] += step
-        folder = run.begin_save(step)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save({"model": state}, checkpoint_id=folder / "state", no_dist=True)
-        run.commit_save(step, {"eval_before": before, "eval_teacher": {"seen_voices": rates(0.03)}})
-        if wer:
-            log.log_eval(step, "seen_voices", rates(wer))
-    final = {"seen_voices": {"before": rates(1.5), "after": rates(0.21), "teacher": rates(0.03)}}
-    log.log_eval(30, "seen_voices", rates(0.21))  # as opd.run does: the exported step's, under the last step
-    log.close()
-    run.write_summary({"steps": 30, "exported_step": 20, "eval": final, "languages": ["English"]})
-    run.close()
-    return path
+def run_dir(tiny_dir, tmp_path_factory):
+    return stopped_run(tmp_path_factory.mktemp("runs") / "stopped", tiny_dir)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +268,17 @@ def test_help(capsys):
         (["folder=x", "run_dir=x", "push=a/b"], "run_dir= does not go with folder="),
         (["folder=x", "eval_dataset.a=b/c:d", "push=a/b"], "eval_dataset.a= does not go with folder="),
         (["folder=x"], "push=ORG/NAME is missing"),
-        (["folder=x", "push=name"], "push=name: must be written ORG/NAME"),
+        (["folder={seed}", "push=name"], "push=name: must be written ORG/NAME"),
+        (["folder=seeds/nope", "push=a/b"], "folder=seeds/nope: there is no such folder; give the folder of an export"),
+        (["folder={run}", "push=a/b"], "has no config.json, so it is no export"),
+        (["run_dir=seeds/nope", "push=a/b"], "seeds/nope: there is no run here (no config.yaml)"),
+        (["run_dir={run}", "out_dir={run}/summary.json"], "summary.json is a file; choose a folder"),
+        (["run_dir={run}", "out_dir={run}/summary.json/x"], "summary.json is a file; choose a folder"),
+        (
+            ["run_dir={run}", "out_dir=/proc/x"],
+            "out_dir=/proc/x: it cannot be made or written (No such file or directory)",
+        ),
+        (["run_dir={run}", "out_dir={run}/checkpoints"], "holds files but no config.json, so it is no earlier export"),
         (["run_dir={run}", "step=11"], "no complete checkpoint of step 11; there are [10, 15, 20, 30]"),
         (
             ["run_dir={run}", "step=15", "eval_dataset.seen_voices=a/b:c"],
@@ -317,8 +288,8 @@ def test_help(capsys):
         (["run_dir={run}", "push=lab/digits"], "push=lab/digits: HF_HUB_OFFLINE"),
     ],
 )
-def test_arguments_that_are_refused(run_dir, tmp_path, capsys, arguments, message):
-    arguments = [argument.format(run=run_dir) for argument in arguments]
+def test_arguments_that_are_refused(run_dir, tiny_dir, tmp_path, capsys, arguments, message):
+    arguments = [argument.format(run=run_dir, seed=tiny_dir) for argument in arguments]
     arguments += [f"out_dir={tmp_path / 'out'}"] * ("run_dir" in str(arguments) and "out_dir" not in str(arguments))
     assert main(arguments) == 1
     out, error = capsys.readouterr()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from loss_scenes import DIVERGENCES, EOS, FINITE_KINDS, Keys, Scene, make_scene, oracle, relative
 
-from opd.fused import FusedLoss, fused_cross_entropy, fused_position_loss
+from opd.fused import FusedLoss, fused_cross_entropy, fused_position_loss, takes_halves
 from opd.losses import position_loss
 from opd.support import candidate_ids, score_support
 
@@ -97,6 +97,16 @@ def test_half_precision_is_summed_in_float32(keys: Keys, matrix: torch.dtype, mo
     torch.testing.assert_close(loss.loss_N.double(), exact[0].loss_N, rtol=1e-6, atol=5e-5)
     assert relative(grad_hidden_ND, exact[1]) < 5e-3  # handed back in bfloat16, summed in float32
     assert relative(grad_weight_VD, exact[2]) < (5e-3 if matrix == torch.bfloat16 else 1e-5)
+
+
+def test_products_of_halves_where_torch_and_the_device_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere, and under a torch before 2.8, it is the product of the test above."""
+    assert takes_halves("cuda", torch.float32, torch.bfloat16)
+    assert not takes_halves("cpu", torch.float32, torch.bfloat16)
+    assert not takes_halves("cuda", torch.float64, torch.bfloat16)
+    assert not takes_halves("cuda", torch.float32, torch.float32)
+    monkeypatch.setattr("opd.fused.SUMS_HALVES", False)
+    assert not takes_halves("cuda", torch.float32, torch.bfloat16)
 
 
 @pytest.mark.parametrize("keys", FINITE_KINDS, ids=str)

@@ -12,7 +12,8 @@ from ranks import run_ranks  # noqa: F401  sets the environment that verl is imp
 from opd.arkasr import ArkasrConfig, ArkasrForConditionalGeneration
 from opd.config import config_from_dict, list_recipes, load_config
 from opd.memory import GB, Lengths, activation_bytes, estimate, main, peak
-from opd.model_sizes import PUBLISHED_STUDENTS, sizes_of, student_sizes
+from opd.model_sizes import PUBLISHED_STUDENTS, sizes_of, student_sizes, teacher_sizes
+from opd.parts import named_parts
 from opd.schema import Config, LoraConfig
 from opd.trainable import choose_trained
 from trainers.trained_student import TrainedStudent
@@ -47,9 +48,8 @@ def test_the_other_recipes_of_full_size_fit_their_gpus(name: str) -> None:
 def test_every_recipe_has_an_estimate_or_says_why_not(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     failed = main([f"recipe={name}"])
     captured = capsys.readouterr()
-    if failed:  # models that an earlier stage of the recipe makes, or a script before it
-        config = load_config([f"recipe={name}"])
-        assert config.stages or str(config.student.path).startswith("runs/")
+    if failed:  # a model that a script makes before it
+        assert str(load_config([f"recipe={name}"]).student.path).startswith("runs/")
         assert "give a local folder of it" in captured.err
     else:
         assert "student rank, one of" in captured.out
@@ -154,6 +154,30 @@ def test_the_teacher_scores_what_the_student_makes_of_a_token_budget() -> None:
     by_tokens = dataclasses.replace(base, train=dataclasses.replace(base.train, micro_batch_tokens=40_000))
     ((_, few), (_, many)) = (next(iter(estimate(config).teachers.items())) for config in (base, by_tokens))
     assert many["scoring"]["activations"] > 2 * few["scoring"]["activations"]
+
+
+def test_a_stage_has_the_sizes_of_the_stage_it_starts_from(capsys: pytest.CaptureFixture[str]) -> None:
+    """TD and OPD train what SFT made, whose own sizes are in the recipe; a teacher may be another stage's student."""
+    taught = ["recipe=tiny_ladder", "stages=[sft, td, opd]", "ladder.opd.teacher.path=stage:td"]
+    of_stage = {part.title: part for part in named_parts(load_config(taught))}
+    made = {name: config.student for name, config in of_stage["stage opd"].before.items()}
+    assert list(made) == ["sft", "td"]
+    sft, opd = of_stage["stage sft"].config, of_stage["stage opd"].config
+    assert student_sizes(opd, made) == student_sizes(sft)
+    assert teacher_sizes(opd.teacher, made).num_parameters == student_sizes(sft).num_parameters
+    assert main(taught) == 0
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if line.startswith("stage ")] == [
+        "stage sft (sft)", "stage td (td)", "stage opd (opd)",
+    ]  # fmt: skip
+    assert main(["recipe=tiny_ladder", "ladder.td.student.path=stage:opd"]) == 1
+    assert "error: student.path=stage:opd: no stage opd comes before this one" in capsys.readouterr().err
+
+
+def test_a_comparison_is_estimated_once_for_each_arm(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipe=tiny_compare"]) == 0
+    titles = [line for line in capsys.readouterr().out.splitlines() if line.startswith("setting ")]
+    assert len(titles) == len(set(titles)) == 5 + 4 + 3 + 2
 
 
 def test_a_model_of_unknown_size_is_named(capsys: pytest.CaptureFixture[str]) -> None:

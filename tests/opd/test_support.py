@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from opd.support import TAIL_FLOOR, candidate_ids, log_tail, narrow_support, score_support, union_support
+from opd.support import TAIL_FLOOR, candidate_ids, check_top_k, log_tail, narrow_support, score_support, union_support
 from opd.vocab import TokenMap
 
 
@@ -15,6 +15,13 @@ def test_candidates_are_top_k_then_written_id_then_eos() -> None:
     topk_BTK = torch.tensor([[[4, 5, 6], [7, 8, 9]]])
     candidates_BTC = candidate_ids(topk_BTK, torch.tensor([[5, 2]]), eos_id=2)
     assert candidates_BTC.tolist() == [[[4, 5, 6, 5, 2], [7, 8, 9, 2, 2]]]
+
+
+def test_a_top_k_beyond_the_ids_that_may_be_written_is_refused() -> None:
+    blocked_V = torch.tensor([True, False, False, True, False])
+    check_top_k(3, blocked_V)
+    with pytest.raises(ValueError, match="loss.top_k=4: the student's vocabulary has 5 ids, of which 3 may be written"):
+        check_top_k(4, blocked_V)
 
 
 def test_union_marks_the_first_occurrence_of_ids_that_map() -> None:

@@ -14,6 +14,7 @@ import soundfile
 from data.feed import MixedFeed
 from data.index import IndexedManifest
 from opd.config import Config, load_config
+from opd.evaluation import Evaluation
 from opd.teachers.routing import Router
 from opd.training_data import TrainingData
 
@@ -46,6 +47,22 @@ def write(folder: Path, num: int = 30, **last: Any) -> Path:
 @pytest.fixture
 def always_indexed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data.index.INDEX_ABOVE_BYTES", 0)
+
+
+def test_each_manifest_has_a_default_language_of_its_own(tmp_path: Path) -> None:
+    paths = {}
+    for name in ("a", "b", "c"):
+        paths[name] = tmp_path / f"{name}.jsonl"
+        paths[name].write_text('{"id": "u", "audio": "u.wav", "text": "x"}\n')
+    sources = {name: {"path": str(paths[name])} for name in ("a", "b")}
+    plan = load_config([
+        "recipe=tiny", "data.train_manifest=null", f"data.train_manifests={json.dumps(sources)}",
+        f"data.eval_manifests={{held_out: {paths['c']}}}", "data.default_language=English",
+        "data.default_languages={a: German, held_out: French}",
+    ])  # fmt: skip
+    data = TrainingData(plan)
+    assert [data.sources[name][0].language for name in ("a", "b")] == ["German", "English"]
+    assert [u.language for u in Evaluation(plan).sets["held_out"]] == ["French"]
 
 
 @pytest.mark.parametrize("overrides", [[], ["data.sorted_epochs=1"]])

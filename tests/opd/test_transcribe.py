@@ -24,7 +24,7 @@ from opd.arkasr import cut_at_silences
 from opd.batch_transcribe import Journal, ManifestJob, ModelSettings, Outcome, plan_batches
 from opd.results import average, score_leaderboard_file, script_language, summarise, write_leaderboard_file
 from opd.transcribe import DecodeSettings, Transcriber
-from opd.transcribe_cli import evaluate_main
+from opd.transcribe_cli import evaluate_main, transcribe_main
 from opd.types import Utterance
 
 ROOT = Path(__file__).parents[2]
@@ -330,7 +330,17 @@ def test_evaluate_command_scores_several_manifests(
         (["--input", "m.jsonl", "--output", "o.jsonl", "--padding_side", "right"], "--padding_side right"),
         (["--input", "m.jsonl", "--output", "o.jsonl", "--batch_size", "0"], "--batch_size 0"),
         (["--input", "m.jsonl", "--output", "o.jsonl", "--devices", "cuda:9"], "--devices cuda:9"),
-        (["--input", "m.jsonl", "--output", "o.jsonl", "--language", "xx"], "unknown language 'xx'"),
+        (["--input", "m.jsonl", "--output", "o.jsonl", "--language", "xx"], "--language xx: unknown language 'xx'"),
+        (
+            ["--input", "m.jsonl", "--output", "o.jsonl", "--temperature", "0.3"],
+            "--temperature 0.3: only draws have one",
+        ),
+        (["--input", "m.jsonl", "n.jsonl", "--output", "m.jsonl"], "several manifests need a folder"),
+        (["--input", "m.jsonl", "--output", "o.jsonl", "--leaderboard", "/proc/b"], "--leaderboard /proc/b: cannot be"),
+        (
+            ["--input", "m.jsonl", "--output", "o.jsonl", "--model_path", "./none"],
+            "--model_path ./none: neither a folder",
+        ),
         (["--input", "m.jsonl", "--output", "o.jsonl", "--audio_field", "wav"], "m.jsonl:1: lacks `wav`"),
         (["--input", "m.jsonl", "--output", "o.jsonl", "--normaliser", "x"], "unknown normaliser 'x'"),
         (["--input", "m.jsonl", "--output", "o.jsonl"], "utterance 1 has no `text`"),
@@ -352,6 +362,13 @@ def test_bad_input_gives_one_line(
     assert error.count("\n") == 1
     assert message in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.jsonl", "n.jsonl"]
+
+
+def test_an_output_that_cannot_be_written_is_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "m.jsonl").write_text('{"audio": "a.wav"}\n')
+    arguments = ["--input", str(tmp_path / "m.jsonl"), "--output", "/proc/o.jsonl", "--model_path", str(TEACHER)]
+    assert transcribe_main(arguments) == 1
+    assert "error: --output /proc/o.jsonl: cannot be written (/proc" in capsys.readouterr().err
 
 
 # -- results -----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from ranks import run_ranks
 from data.collate import Collator
 from data.manifest import read_manifest
 from opd.arkasr import load_model, load_processor
+from opd.checkpoint_files import write_marker
 from opd.export import export_checkpoint, save_arkasr
 from opd.rollout.decode import decode
 from opd.rollout.steps import can_step
@@ -203,7 +204,7 @@ def lora_run(config: Config, manifest: Path, run_dir: Path) -> dict[str, torch.T
     checkpoint = run_dir / "checkpoints" / "step-000001"
     checkpoint.mkdir(parents=True)
     engine.save_checkpoint(str(checkpoint))
-    (checkpoint / "COMPLETE").touch()
+    write_marker(checkpoint, 1)
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
     (run_dir / "summary.json").write_text('{"steps": 1, "eval": {}}')
     return weights(engine)

@@ -19,6 +19,7 @@ from ranks import run_ranks  # sets the environment that verl and DeepSpeed are 
 from data.collate import Collator
 from data.manifest import read_manifest
 from opd.arkasr import load_model, load_processor
+from opd.checkpoint_files import write_marker
 from opd.config import load_config
 from opd.export import export_checkpoint
 from opd.rollout.decode import decode
@@ -148,7 +149,8 @@ def apart(config: Config, manifest: Path, folder: Path) -> dict[str, Any]:
         (folder / "summary.json").write_text('{"steps": 2, "eval": {}}')
     dist.barrier()
     engine.save_checkpoint(str(checkpoint))
-    (checkpoint / "COMPLETE").touch()
+    if engine.rank == 0:
+        write_marker(checkpoint, 2)
     after = weights(engine)
     engine.round_weights("bfloat16")
     with engine.generation_mode():

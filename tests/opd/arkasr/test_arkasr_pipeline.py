@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -166,11 +167,18 @@ def test_what_cannot_be_honoured_is_refused(pipe, waveforms, options, message):
         pipe(waveforms[0], **options)
 
 
+def wav_without_samples() -> bytes:
+    content = io.BytesIO()
+    soundfile.write(content, np.zeros(0, dtype=np.float32), 16_000, format="WAV")
+    return content.getvalue()
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ("nowhere.wav", "no such audio file"),
         (b"no audio", "cannot be read as audio"),
+        (wav_without_samples(), "^audio: is empty: remove it$"),
         ({"sampling_rate": 16000}, "none of array"),
         ({"array": np.zeros(8000, dtype=np.float32), "sampling_rate": 0}, "sampling_rate=0"),
         (np.zeros((2, 8000), dtype=np.float32), "mono"),

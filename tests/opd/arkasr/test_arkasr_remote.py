@@ -95,6 +95,7 @@ def test_all_ways_to_transcribe_say_what_was_spoken(compat, teacher_export, tmp_
     assert len(facts["checks"]) >= 10
     assert facts["checks"]["pipeline, 70 s"] == [" ".join(texts[compat.NUM_CLIPS :])]
     assert compat.differences(facts, facts, texts) == []
+    facts["no_figures"] = compat.run_bench(Path(sys.executable), tmp_path / "bench.json")
     assert compat.report(facts, {"other": facts}, texts) == 0
 
 
@@ -102,6 +103,7 @@ def test_another_transcript_is_reported(compat, capsys):
     texts = ["one two"] * compat.NUM_CLIPS + ["three", "four"]
     spoken = {"greedy": ["one two"] * compat.NUM_CLIPS, "pipeline, 70 s": ["three four"]}
     own = {"transformers": "1", "checks": spoken, "sampled": ["one"] * compat.NUM_CLIPS, "encoder_calls": 1}
+    own["no_figures"] = []
     assert compat.report(own, {"2": own}, texts) == 0
     for name, transcripts in (("greedy", ["one two"] * 7 + ["one"]), ("pipeline, 70 s", ["three"])):
         other = {**own, "checks": {**spoken, name: transcripts}}
@@ -113,11 +115,15 @@ def test_another_transcript_is_reported(compat, capsys):
         assert compat.differences(own, {**own, "sampled": sampled}, texts) == ["sampled"]
     assert compat.report(own, {"2": {**own, "encoder_calls": 5}}, texts) == 1
     assert "error: 2: audio encoded once: 5" in capsys.readouterr().err
+    assert compat.report(own, {"2": {**own, "no_figures": ["rollout_tiny"]}}, texts) == 1
+    assert 'error: 2: bench.gpu, tiny: ["rollout_tiny"]' in capsys.readouterr().err
 
 
 def test_a_probe_that_fails_is_an_error(compat, tmp_path):
     with pytest.raises(ValueError, match="the probe failed with status 1"):
         compat.run_probe(Path("/bin/false"), tmp_path, tmp_path, tmp_path / "out.json")
+    with pytest.raises(ValueError, match=r"bench\.gpu failed with status 1"):
+        compat.run_bench(Path("/bin/false"), tmp_path / "out.json")
 
 
 # -- types, and small files as the published checkpoints have them -----------------------------------------------------------

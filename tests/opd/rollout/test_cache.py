@@ -90,3 +90,12 @@ def test_all_rows_at_one_place_are_written_as_one(model: Qwen2ForCausalLM) -> No
         assert torch.equal(one.keys, other.keys)
         assert torch.equal(one.values, other.values)
     assert caches[0].get_seq_length() == 4
+
+
+def test_a_layer_has_every_method_that_some_transformers_asks_for() -> None:
+    cache = RowCache(4)
+    states = torch.zeros(1, 2, 3, 4)
+    cache.place(0, 3)
+    cache.update(states, states, 0)
+    assert (cache.layers[0].get_max_length(), cache.layers[0].get_max_cache_shape()) == (-1, -1)
+    assert not cache.layers[0].__abstractmethods__

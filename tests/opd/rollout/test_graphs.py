@@ -140,3 +140,15 @@ def test_graphs_write_the_same(setup: tuple[Any, dict, dict]) -> None:
         assert any(bucket.graph is not None for bucket in steps._buckets.values())
     finally:
         model.cpu()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a capture succeeds on CUDA")
+def test_a_capture_that_fails_says_how_to_do_without(setup: tuple[Any, dict, dict]) -> None:
+    """Torch without a device has no graphs."""
+    model, inputs, arguments = setup
+    steps = GraphSteps(model)
+    assert not steps.use_graphs
+    steps.use_graphs = True
+    with pytest.raises(RuntimeError, match=r"of 6 rows of 1 tokens cannot .* set rollout\.cuda_graphs=false"):
+        speculate(model, inputs, steps=steps, drafts=None, **arguments)
+    assert steps.num_graphs == 0

@@ -125,6 +125,21 @@ def test_a_language_is_a_name_a_code_or_a_code_with_a_region(name: str) -> None:
         (["teacher.routes={a: {path: null}}"], "teacher.routes.a.path is missing"),
         (["teacher.routes={a: {min_coverage: 2}}"], "teacher.routes.a.min_coverage=2: must be between 0 and 1"),
         (["teacher.routes={a: {language: [en]}}"], "teacher.routes.a.language"),
+        (["teacher.routes={a: {min_coverage: null}}"], "teacher.routes.a.min_coverage=None: must be a number between"),
+        (["teacher.routes={a: {path: 3}}"], "teacher.routes.a.path=3: must be the folder or the Hub id"),
+        (["teacher.routes={a: {python_path: 3}}"], "teacher.routes.a.python_path=3: must be the path of a Python interp"),
+        (["teacher.routes={a: {cache_dir: true}}"], "teacher.routes.a.cache_dir=True: must be a folder, or null"),
+        (["teacher.routes={a: {gate_max_wer: x}}"], "teacher.routes.a.gate_max_wer=x: must be a WER from 0 on"),
+        (["teacher.routes={a: {num_workers: true}}"], "teacher.routes.a.num_workers=True: must be a whole number"),
+        (["teacher.routes={a: {kind: hf, prompt: [x]}}"], "teacher.routes.a.prompt=.*: must be a mapping with one of text"),
+        (["teacher.kind=hf", "teacher.prompt={text: '{audio}{iso}', languages: 5}"], "prompt.languages=5: must be a list"),
+        (
+            ["teacher.kind=hf", "teacher.prompt={text: '{audio}{iso}', languages: English}"],
+            r"teacher.prompt.languages=English: must be a list of languages .*such as \[English, German\]",
+        ),
+        (["teacher.kind=hf", "teacher.prompt={text: '{audio}', languages: [no]}"], r"prompt.languages=\[False\]: must"),
+        (["stage=sft", "teacher.routes={a: {foo: 1}}"], "teacher.routes.a: unknown key foo; a route has"),
+        (["stage=sft", "teacher.gate_max_wer=0.3"], "in a ladder set ladder.opd.teacher.gate_max_wer instead"),
     ],
 )  # fmt: skip
 def test_wrong_teacher_keys_are_one_line(overrides: list[str], message: str) -> None:
