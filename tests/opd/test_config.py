@@ -144,7 +144,9 @@ def test_a_truth_value_where_a_recipe_is_to_hold_text_asks_for_quotes(tmp_path: 
 
 
 def test_values_are_read_as_their_keys_hold_them() -> None:
-    config = load_config(["recipe=tiny", "train.num_steps=1e2", "teacher.language=no", "export.license=1e5"])
+    config = load_config(
+        ["recipe=tiny", "train.num_steps=1e2", "teacher.kind=qwen3_asr", "teacher.language=no", "export.license=1e5"]
+    )
     assert (config.train.num_steps, config.teacher.language, config.export.license) == (100, "no", "1e5")
 
 
