@@ -10,7 +10,7 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -82,17 +82,6 @@ def _at_least(least: int, text: str) -> int:
     if number < least:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
     return number
-
-
-def key_values(argv: Sequence[str], defaults: Mapping[str, str]) -> dict[str, str]:
-    """Arguments of the form key=value over the defaults. Raises ValueError for a key that is not among them."""
-    values = dict(defaults)
-    for argument in argv:
-        key, is_pair, value = argument.partition("=")
-        if not is_pair or key not in defaults:
-            raise ValueError(f"{argument}: give {', '.join(f'{name}=...' for name in defaults)}")
-        values[key] = value
-    return values
 
 
 def report_missed(missed: Sequence[str], are_checked: bool = True) -> int:

@@ -24,7 +24,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import WhisperFeatureExtractor
 
-from bench.command import command, key_values
+from bench.command import command
+from data.command_line import key_values, wants_help
 from opd.arkasr import ArkasrConfig, ArkasrForConditionalGeneration, ArkasrProcessor, load_model
 from opd.export import save_arkasr
 from opd.seed import AUDIO_TOKEN, train_tokenizer
@@ -123,7 +124,11 @@ def measured(part: Callable[..., dict[str, float]], arguments: tuple, pipe: Any)
 
 @command
 def main(argv: list[str]) -> int:
-    arguments = key_values(argv, {"config": "06b", "dtype": "bfloat16", "in_dir": tempfile.gettempdir()})
+    if wants_help(argv):
+        print(__doc__)
+        return 0
+    arguments = {"config": "06b", "dtype": "bfloat16", "in_dir": tempfile.gettempdir()}
+    arguments |= key_values(argv, arguments)
     name, dtype = arguments["config"], arguments["dtype"]
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype}: must be one of {', '.join(DTYPES)}")

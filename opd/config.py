@@ -141,8 +141,6 @@ def _parse_overrides(argv: list[str]) -> dict[str, Any]:
         dotted = name.lstrip("-")
         if not equals or not dotted:
             raise ValueError(f"argument {argument!r}: write it as section.key=value")
-        if dotted in overrides:
-            raise ValueError(f"command line: {dotted}= is given twice: give it once")
         try:
             value = yaml.safe_load(text) if text else ""
         except yaml.YAMLError as error:

@@ -290,7 +290,7 @@ def test_a_run_is_not_resumed_with_another_config(
     jobs: dict[str, Future], folder: Path, speech: dict[str, Path], change: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     finished(jobs, "unbroken")
-    assert main(command(speech, folder / "unbroken", change)[3:]) == 1
+    assert main([*command(speech, folder / "unbroken")[3:], change]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "this run cannot be resumed with a changed configuration: " + change.split("=")[0] + " was " in line
 
@@ -353,7 +353,7 @@ def test_what_only_the_cluster_or_the_models_can_tell_is_refused(
 def test_bad_input_is_one_line_before_anything_starts(
     overrides: list[str], message: str, speech: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(command(speech, tmp_path / "run", *overrides)[3:]) == 1
+    assert main([*command(speech, tmp_path / "run")[3:], *overrides]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert message in line
@@ -374,7 +374,7 @@ def test_a_bad_manifest_is_one_line_with_its_place(
 ) -> None:
     manifest = tmp_path / "bad.jsonl"
     manifest.write_text(content)
-    assert main(command(speech, tmp_path / "run", f"data.train_manifest={manifest}")[3:]) == 1
+    assert main([*command(speech, tmp_path / "run")[3:], f"data.train_manifest={manifest}"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert f"{manifest}{message}" in line

@@ -15,18 +15,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import soundfile
-from main_job import (
-    BIN,
-    ONE_RANK,
-    ROOT,
-    command,
-    last_of_each,
-    run,
-    start,
-    wait_for_checkpoint,
-    wait_for_job_server,
-    wait_for_step,
-)
+from main_job import BIN, ONE_RANK, ROOT, command, run, start, wait_for_checkpoint, wait_for_job_server, wait_for_step
 
 from data.manifest import read_manifest, write_manifest
 
@@ -115,9 +104,7 @@ def run_with_two_batch_sizes(speech: dict[str, Path], run_dir: Path, env: dict[s
     assert result.returncode == 0, result.stderr[-3000:]
     shutil.rmtree(run_dir / "checkpoints" / "step-000006")  # as if it had been stopped before
     (run_dir / "summary.json").unlink()
-    return run(
-        [*arguments[:3], *last_of_each([*arguments[3:], "train.batch_size=12", "cluster.ranks_per_node=2"])], env
-    )
+    return run([*arguments, "train.batch_size=12", "cluster.ranks_per_node=2"], env)
 
 
 def submit(arguments: list[str], cluster: dict[str, str]) -> Result:

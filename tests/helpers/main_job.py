@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -35,13 +35,7 @@ def environment(tmp: Path, **extra: str) -> dict[str, str]:
 def command(speech: dict[str, Path], run_dir: Path, *overrides: str, recipe: str = "tiny") -> list[str]:
     """The command line of a small run on the test's speech."""
     data = [f"data.train_manifest={speech['unlabelled']}", f"data.eval_manifests={{held_out: {speech['eval']}}}"]
-    keys = last_of_each([f"recipe={recipe}", *TINY, *data, f"run_dir={run_dir}", *overrides])
-    return [sys.executable, "-m", "opd.train", *keys]
-
-
-def last_of_each(arguments: Iterable[str]) -> list[str]:
-    """`key=value` arguments with the last value of each key: a command line may give a key once."""
-    return list({argument.partition("=")[0]: argument for argument in arguments}.values())
+    return [sys.executable, "-m", "opd.train", f"recipe={recipe}", *TINY, *data, f"run_dir={run_dir}", *overrides]
 
 
 def run(arguments: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from main_job import last_of_each
 
 from data.manifest import write_manifest
 from opd.compare import Finished, arm_configs, compare_arms, paired_bootstrap, run_comparison
@@ -23,7 +22,7 @@ COMPARE = [
 
 def test_arms_are_runs_from_one_start() -> None:
     settings = "compare.settings={clean: {}, noisy: {change: {optim: {lr: 0.5}}, arms: {opd: {loss: {top_k: 4}}}}}"
-    arms = arm_configs(load_config(last_of_each([*COMPARE, settings])))
+    arms = arm_configs(load_config([*COMPARE, settings]))
     names = [(arm.setting, arm.seed, arm.name) for arm in arms]
     clean = [("clean", seed, name) for seed in (0, 1) for name in ("more_sft", "opd", "paper")]
     assert names == [*clean, ("noisy", 0, "opd"), ("noisy", 1, "opd")]
@@ -72,7 +71,7 @@ def test_arms_are_runs_from_one_start() -> None:
 )
 def test_a_comparison_that_cannot_run_is_refused_at_once(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        load_config(last_of_each([*COMPARE, override]))
+        load_config([*COMPARE, override])
 
 
 def test_the_interval_is_that_of_the_difference() -> None:

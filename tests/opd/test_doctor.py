@@ -307,7 +307,7 @@ def test_a_foreign_or_busy_run_directory_is_named(speech: dict[str, Path], tmp_p
 
 def test_a_run_directory_that_is_there_is_compared_with_the_config(speech: dict[str, Path], tmp_path: Path) -> None:
     relative = f"data.train_manifest={os.path.relpath(speech['unlabelled'])}"  # the run saves it as an absolute path
-    config = load_config(command(speech, tmp_path / "run", relative)[3:])
+    config = load_config([*command(speech, tmp_path / "run")[3:], relative])
     saved = RunDir.open(tmp_path / "run", portable(resolve(config).to_dict()))
     saved.begin_save(2)
     saved.commit_save(2, {})

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from main_job import last_of_each
 
 from data.manifest import write_manifest
 from opd.config import load_config
@@ -37,10 +36,7 @@ def test_each_stage_starts_from_the_one_before_unless_it_says_otherwise() -> Non
     assert (stages["teacher"].loss.ctc_weight, stages["opd"].loss.ctc_weight) == (0.5, 0.0)
     assert (stages["opd_alone"].teacher.gate_max_wer, stages["opd"].teacher.gate_max_wer) == (0.3, None)
     assert all(stage.optim.lr == pytest.approx(2e-3) for stage in stages.values())
-    assert [name for name, _ in stage_configs(load_config(last_of_each([*LADDER, "stages=[sft, opd]"])))] == [
-        "sft",
-        "opd",
-    ]
+    assert [name for name, _ in stage_configs(load_config([*LADDER, "stages=[sft, opd]"]))] == ["sft", "opd"]
     assert all(not stage.stages and not stage.ladder for stage in stages.values())
 
 
@@ -60,7 +56,7 @@ def test_each_stage_starts_from_the_one_before_unless_it_says_otherwise() -> Non
 )
 def test_a_ladder_that_cannot_run_is_refused_at_once(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        load_config(last_of_each(["recipe=tiny", "stages=[td, opd]", override]))
+        load_config(["recipe=tiny", "stages=[td, opd]", override])
 
 
 def ladder_of(folder: Path) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from main_job import last_of_each
 
 from opd.config import load_config
 from opd.schedule import RolloutLine
@@ -19,7 +18,7 @@ class Done:
 def order(*overrides: str, start: int = 0, steps: int = 8) -> list[tuple[int, int, int]]:
     """(update, the step its rollout was made for, its age) of each update, as the main flow asks for them."""
     arguments = [f"train.num_steps={steps}", "checkpoint.checkpoint_every=4"]
-    line = RolloutLine(load_config(last_of_each(["recipe=tiny", *arguments, *overrides])))
+    line = RolloutLine(load_config(["recipe=tiny", *arguments, *overrides]))
     done = []
     for step in range(start + 1, steps + 1):
         while line.wants_rollout(step):

@@ -121,7 +121,7 @@ def test_what_no_teacher_can_take_is_said_before_anything_starts(
     from opd.train import main
 
     overrides = [override.replace("{glm}", str(glm_dir)) for override in overrides]
-    assert main(small("tiny", speech, tmp_path / "run", *overrides)[3:]) == 1
+    assert main([*small("tiny", speech, tmp_path / "run")[3:], *overrides]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
