@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from opd.checkpoint import CONFIG_FILE, RunDir, load_saved_config, with_defaults
+from opd.checkpoint import RunDir
 from opd.checkpoint_files import damage
 from opd.resolve import absolute
+from opd.saved_config import CONFIG_FILE, load_saved_config, with_defaults
 from opd.schema import Config
 
 
@@ -36,9 +37,7 @@ def choose_step(run_dir: Path, config: dict[str, Any], step: int | None) -> int:
     if step is None:
         newest = run.latest()
         if newest is None:
-            raise ValueError(
-                f"run_dir={run_dir}: there is no complete and undamaged checkpoint; start the run again to make one"
-            )
+            raise ValueError(f"run_dir={run_dir}: there is no complete checkpoint; start the run again to make one")
         return newest
     path = run.checkpoint_path(step)
     if not path.is_dir():
