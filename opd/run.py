@@ -53,7 +53,7 @@ class Run:
         if self.step:
             self.state = run_dir.load_loop_state(self.step)
         self.timer = PhaseTimer(self.state["seconds"])
-        self.history: dict[str, Any] = {}
+        self.history: dict[str, Any] = {"seconds": dict(self.state["seconds"])}
         self.workers = Workers(config, run_dir.path, self.timer, self.state["cpu_seconds"])
         self.gate: TeacherGate | None = None
         self.line = RolloutLine(config)
@@ -247,7 +247,7 @@ class Run:
     def _report_start(self, metrics: dict[str, float]) -> None:
         """Where the time from the command to the first training step went, evaluation and synthesis apart."""
         total = time.time() - max(psutil.Process().create_time(), self.history["opened"]) - self.history["synthesis"]
-        before = self.state["seconds"]  # of the run up to its checkpoint, and of attempts before this one
+        before = self.history["seconds"]  # of the run up to its checkpoint, and of attempts before this one
         seconds = {name: value - before.get(name, 0.0) for name, value in self.timer.seconds().items()}
         start = start_seconds(total, seconds, metrics)
         self.history["start"] = start
