@@ -24,14 +24,13 @@ from typing import Any
 import yaml
 
 from opd.checkpoint_files import atomic_write_text, damage, fsync, write_marker
+from opd.saved_config import CONFIG_FILE, changes, load_saved_config, with_defaults
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".lock"
 LOOP_STATE = "loop_state.json"
 _STEP_NAME = re.compile(r"step-(\d{6,})")
-_RESTORE = f"restore it (every checkpoint has a copy of it, {CONFIG_FILE}), or choose another run_dir"
 
 
 class RunDir:
@@ -77,7 +76,7 @@ class RunDir:
 
         Raises ValueError for a relative path inside a Ray job, a path that cannot be written, a directory that is
         not a run directory or belongs to another recipe, a run that another driver is writing, checkpoints in the way
-        of resume=never, and changed frozen keys under resume=auto.
+        of resume=never, changed frozen keys under resume=auto, and checkpoints of which none is undamaged.
         """
         if resume not in ("auto", "never"):
             raise ValueError(f"resume={resume}: use auto (continue where there is a checkpoint) or never")
@@ -92,9 +91,10 @@ class RunDir:
         try:
             run = cls(path, config, config.get("checkpoint", {}).get("keep_last", 2), lock_fd)
             run.check_saved_config(resume, frozen_keys or [], defaults)
+            newest = run.latest()
             run._write(CONFIG_FILE, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
             run._remove_leftovers()
-            run._point_latest(run.latest())
+            run._point_latest(newest)
         except OSError as error:
             os.close(lock_fd)
             raise _not_writable(path, error) from error
@@ -168,18 +168,26 @@ class RunDir:
     # -- reading, and the other files
 
     def latest(self) -> int | None:
-        """Step of the newest complete checkpoint whose checksums are right, None without one.
+        """Step of the newest complete checkpoint whose checksums are right, None where there is no checkpoint at all.
 
-        Damaged ones are skipped with a warning.
+        Damaged ones are skipped with a warning. Raises ValueError where there is none but damaged ones: to begin from
+        the first step again would overwrite what the run has measured.
         """
-        for step in reversed(self.complete_steps()):
-            if step in self._sound:
+        problems = []
+        for step in reversed(self._saved_steps()):
+            if step in self._sound and damage(self.checkpoint_path(step)) is None:
                 return step
             problem = damage(self.checkpoint_path(step), contents=True)
             if problem is None:
                 self._sound.add(step)
                 return step
             self._report(step, problem)
+            problems.append(f"{_step_name(step)}: {problem}")
+        if problems:
+            raise ValueError(
+                f"run_dir={self.path}: every checkpoint is damaged ({'; '.join(problems)}); restore the files of one, or "
+                "choose a new run_dir"
+            )
         return None
 
     def complete_steps(self) -> list[int]:
@@ -269,10 +277,9 @@ class RunDir:
                 f"run_dir={self.path}: resume=never, but there are checkpoints (the newest is step {steps[-1]}); "
                 "choose another run_dir, or continue with resume=auto"
             )
-        changes = _changes(saved, now, frozen_keys)
-        if changes:
+        if changed := changes(saved, now, frozen_keys):
             raise ValueError(
-                f"run_dir={self.path}: this run cannot be resumed with a changed configuration: {'; '.join(changes)}; "
+                f"run_dir={self.path}: this run cannot be resumed with a changed configuration: {'; '.join(changed)}; "
                 "restore these values or choose another run_dir"
             )
 
@@ -338,51 +345,6 @@ def _make_and_lock(path: Path) -> int:
 
 def _not_writable(path: Path, error: OSError) -> ValueError:
     return ValueError(f"run_dir={path}: it cannot be made or written ({error.strerror}); choose a writable place")
-
-
-def load_saved_config(path: Path) -> dict[str, Any]:
-    """The config.yaml of a run directory. Raises ValueError where it cannot be read."""
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"{path}: the saved config cannot be read ({' '.join(str(error).split())}); {_RESTORE}"
-        ) from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: the saved config is not a mapping of keys to values; {_RESTORE}")
-    return config
-
-
-def with_defaults(saved: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """The saved config with sections, and keys of sections, that it lacks."""
-    filled = defaults | saved
-    for name, section in defaults.items():
-        if isinstance(section, dict) and isinstance(saved.get(name), dict):
-            filled[name] = section | saved[name]
-    return filled
-
-
-def _changes(saved: dict[str, Any], now: dict[str, Any], frozen_keys: list[str]) -> list[str]:
-    """`key was old, is now new` for every leaf below the frozen keys that differs."""
-    changes = []
-    for frozen in frozen_keys:
-        old, new = _leaves(saved, frozen), _leaves(now, frozen)
-        for leaf in sorted(old.keys() | new.keys()):
-            before, after = old.get(leaf, "(absent)"), new.get(leaf, "(absent)")
-            if before != after:
-                changes.append(f"{leaf} was {before}, is now {after}")
-    return changes
-
-
-def _leaves(config: dict[str, Any], dotted: str) -> dict[str, Any]:
-    value: Any = config
-    for part in dotted.split("."):
-        if not isinstance(value, dict) or part not in value:
-            return {}
-        value = value[part]
-    if not isinstance(value, dict):
-        return {dotted: value}
-    return {leaf: item for name in value for leaf, item in _leaves(config, f"{dotted}.{name}").items()}
 
 
 def _step_name(step: int) -> str:

@@ -56,3 +56,16 @@ class Evaluation:
         """transcripts-<set>.jsonl of the last evaluation."""
         for name, texts in self._transcripts.items():
             write_transcripts(folder / f"transcripts-{name}.jsonl", texts)
+
+
+def note_wer(state: dict[str, Any], step: int, wer: float, patience: int) -> bool:
+    """Notes an evaluation after `step` in the loop's state; True where the run should stop early."""
+    best = state.get("best_wer")
+    improved = best is None or wer < best
+    state["best_wer"] = wer if improved else best
+    state["no_better"] = 0 if improved else state["no_better"] + 1
+    state["last_wer"] = {"step": step, "wer": wer}
+    stop = bool(patience) and state["no_better"] >= patience
+    if stop:
+        print(f"step {step}: no better WER in {state['no_better']} evaluations, stopping early")
+    return stop

@@ -62,8 +62,7 @@ def save_arkasr(
     out_dir = Path(out_dir)
     _check_target(out_dir)
     dtype_name = str(dtype).removeprefix("torch.")
-    if dtype_name not in DTYPES:
-        raise ValueError(f"dtype={dtype_name!r}: must be one of {', '.join(DTYPES)}")
+    _check_dtype(dtype_name)
     _check_processor(config, processor)
     tensors = _tensors_to_write(state_dict, config, DTYPES[dtype_name])
 
@@ -83,6 +82,11 @@ def save_arkasr(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return out_dir
+
+
+def _check_dtype(name: str) -> None:
+    if name not in DTYPES:
+        raise ValueError(f"dtype={name!r}: must be one of {', '.join(DTYPES)}")
 
 
 def _check_target(out_dir: Path) -> None:
@@ -186,7 +190,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 # -- python -m opd.export ----------------------------------------------------------------------------------------------
 
 CARD_ARGUMENTS = ("license", "base_model", "datasets", "languages")
-RUN_ARGUMENTS = ("run_dir", "step", "out_dir", *CARD_ARGUMENTS)
+RUN_ARGUMENTS = ("run_dir", "step", "out_dir", "dtype", *CARD_ARGUMENTS)
 PUSH_ARGUMENTS = ("push", "private", "revision")
 EVAL_DATASET = "eval_dataset."
 
@@ -196,11 +200,13 @@ def export_checkpoint(
     step: int | None = None,
     out_dir: str | os.PathLike | None = None,
     card: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
 ) -> Path:
     """Exports a checkpoint of a run in one process, without Ray; returns the folder.
 
     step     of a checkpoint, by default the newest undamaged one; out_dir by default <run_dir>/export
     card     further facts for `opd.card.write_model_card`, such as license
+    dtype    of the written weights, by default the run's export.dtype; float32 writes the master weights as they are
 
     The model card has the error rates that the run measured with this very checkpoint, and none where it did not.
     Every file of the checkpoint is checked against its checksum; a warning names damaged ones that are passed over.
@@ -209,11 +215,14 @@ def export_checkpoint(
     """
     run_dir = Path(run_dir).expanduser().resolve()
     config = saved_config(run_dir)
+    own_dtype = config["export"]["dtype"]
+    _check_dtype(dtype or own_dtype)
+    config["export"] = {**config["export"], "dtype": dtype or own_dtype}
     target = Path(out_dir).expanduser() if out_dir else run_dir / "export"
     with _naming_out_dir(target):
         _check_target(target)
     step = choose_step(run_dir, config, step)
-    facts = {**run_facts(run_dir, config, step), **(card or {}), "config": config}
+    facts = {**run_facts(run_dir, config, step, own_dtype), **(card or {}), "config": config}
     check_card_facts(facts)
     start = resolve_path(config["student"]["path"] or str(run_dir / "init"))
     model, processor = load_model(start), load_processor(start)
@@ -262,7 +271,7 @@ def _trained_state(checkpoint: Path, model: torch.nn.Module, lora: LoraConfig) -
 
 USAGE = """python -m opd.export ...
 
-run_dir=DIR [step=N] [out_dir=DIR]    exports a checkpoint
+run_dir=DIR [step=N] [out_dir=DIR] [dtype=float32|bfloat16|float16]    exports a checkpoint
     license=ID base_model=ORG/NAME datasets=ORG/A,ORG/B languages=en,de eval_dataset.SET=ORG/DATASET:TASK
                                       what the model card says beside what the run knows (`opd.card`)
     push=ORG/NAME [private=true] [revision=BRANCH]    and pushes it, after checks before the export (`opd.hub`)
@@ -291,8 +300,9 @@ def main(argv: list[str]) -> int:
         else:
             step = arguments.get("step")
             folder = export_checkpoint(
-                arguments["run_dir"], int(step) if step else None, arguments.get("out_dir"), _card_facts(arguments)
-            )
+                arguments["run_dir"], int(step) if step else None, arguments.get("out_dir"), _card_facts(arguments),
+                arguments.get("dtype"),
+            )  # fmt: skip
             print(f"export: {folder}")
         if repository:
             print(f"push: {push(folder, repository, private, revision)}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -16,7 +15,7 @@ from opd.batches import Batches, BatchLog
 from opd.card import write_model_card
 from opd.checkpoint import RunDir
 from opd.evaluate import score_transcripts
-from opd.evaluation import Evaluation
+from opd.evaluation import Evaluation, note_wer
 from opd.gate import TeacherGate
 from opd.hub import check_push, push
 from opd.metrics import MetricsLog, PhaseTimer
@@ -27,7 +26,8 @@ from opd.schedule import RolloutLine, ScoredRollout
 from opd.schema import FROZEN_KEYS, Config
 from opd.seed import fresh_student
 from opd.step_metrics import opd_metrics, overhead_seconds, sft_metrics, start_seconds
-from opd.survival import Stopped, StopSignal
+from opd.summary import summary_of
+from opd.survival import STOP
 from opd.tables import print_table
 from opd.teacher_data import TeacherData, transcript_settings
 from opd.teachers.cache import KeptTexts
@@ -53,12 +53,11 @@ class Run:
         if self.step:
             self.state = run_dir.load_loop_state(self.step)
         self.timer = PhaseTimer(self.state["seconds"])
-        self.history: dict[str, Any] = {}
+        self.history: dict[str, Any] = {"seconds": dict(self.state["seconds"])}
         self.workers = Workers(config, run_dir.path, self.timer, self.state["cpu_seconds"])
         self.gate: TeacherGate | None = None
         self.line = RolloutLine(config)
         self.saver = Saver(run_dir)
-        self.stop_signal = StopSignal(config.checkpoint.grace_s)
         self.drafts = DraftTexts(config.rollout.draft, self.state.setdefault("drafts", {}), KeptTexts(config))
         with self.timer("data"):
             self._read_data()
@@ -171,7 +170,6 @@ class Run:
     def start_workers(self) -> None:
         """Ray, the student's ranks and the teacher's workers; then the newest checkpoint, if there is one."""
         self.workers.start(self._student_path(), with_teacher=self.config.stage == "opd")
-        self.stop_signal.install()
         if self.router is not None and self.router.has_gate:
             self.gate = TeacherGate(self.router.gate_of, self.teacher.transcribe, self.config.eval.normaliser)
         self.batches = Batches(self.config, self.data.feed, self.gate, self.student.prefetch, self.batch_log)
@@ -250,7 +248,7 @@ class Run:
     def _report_start(self, metrics: dict[str, float]) -> None:
         """Where the time from the command to the first training step went, evaluation and synthesis apart."""
         total = time.time() - max(psutil.Process().create_time(), self.history["opened"]) - self.history["synthesis"]
-        before = self.state["seconds"]  # of the run up to its checkpoint, and of attempts before this one
+        before = self.history["seconds"]  # of the run up to its checkpoint, and of attempts before this one
         seconds = {name: value - before.get(name, 0.0) for name, value in self.timer.seconds().items()}
         start = start_seconds(total, seconds, metrics)
         self.history["start"] = start
@@ -261,6 +259,7 @@ class Run:
 
     def evaluate_before(self) -> None:
         """WER of the student as it starts and, once, of the teacher."""
+        self._stop_if_asked()
         self.timer.take_step()  # what went into the start is not the first step's
         if self.state["eval_before"] or not self.evaluate.sets:
             self.workers.start_clocks()
@@ -269,7 +268,9 @@ class Run:
             before = self.evaluate(0, self.student.transcribe, self.log)
             teacher = {}
             if self.config.stage == "opd" and self.config.eval.teacher:
+                self._stop_if_asked()
                 teacher = self.evaluate(0, self.workers.teacher_texts, None)
+        self._stop_if_asked()
         self.timer.take_step()
         self.workers.start_clocks()
         self.state["eval_before"] = before
@@ -279,28 +280,33 @@ class Run:
             print(f"{name}: WER {result['wer']:.2%} before the first step{extra}")
 
     def evaluate_if_due(self, step: int) -> bool:
-        """Evaluates every eval_every steps; True where the run should stop early."""
+        """Evaluates every eval_every steps; True where the run should stop early.
+
+        Raises Stopped where the run was asked to stop: the step is saved, and evaluated when the run goes on.
+        """
         every, last = self.config.eval.eval_every, step == self.config.train.num_steps
         if not every or not self.evaluate.sets:
             return False
         # After the last step the export is evaluated anyway; with early stopping it must first compete with the best.
         if (last and not self.config.eval.patience) or (not last and step % every):
             return False
+        if STOP.asked:
+            self.state["unevaluated"] = step
+            self._save(step, last=False, wait=True)
+            self._stop_if_asked()
         self.workers.stop_clocks()
         with self.timer("eval"):
             results = self.evaluate(step, self.student.transcribe, self.log)
         self.timer.take_step()
         self.workers.start_clocks()
         wer = results[str(self.config.best_eval_set())]["wer"]
-        best = self.state.get("best_wer")
-        improved = best is None or wer < best
-        self.state["best_wer"] = wer if improved else best
-        self.state["no_better"] = 0 if improved else self.state["no_better"] + 1
-        self.state["last_wer"] = {"step": step, "wer": wer}
-        if self.config.eval.patience and self.state["no_better"] >= self.config.eval.patience:
-            print(f"step {step}: no better WER in {self.state['no_better']} evaluations, stopping early")
-            return True
-        return False
+        return note_wer(self.state, step, wer, self.config.eval.patience)
+
+    def evaluate_late(self) -> None:
+        """The evaluation of the checkpoint that the run goes on from, where a request to stop came before it."""
+        if self.state.pop("unevaluated", None) == self.step:
+            stop = self.evaluate_if_due(self.step)
+            self.save_if_due(self.step, last=stop or self.step == self.config.train.num_steps)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -309,29 +315,38 @@ class Run:
 
         Raises Stopped, after one, where the run was asked to stop.
         """
-        evaluated = self.state.get("last_wer") or {"step": None}
-        is_best = evaluated["step"] == step and self.state["no_better"] == 0
+        is_best = self._evaluated(step) is not None and self.state["no_better"] == 0
         self.saver.poll(self.student)
-        stop = self.stop_signal.asked and not last
+        stop = STOP.asked and not last
         if step % self.config.checkpoint.checkpoint_every and not last and not is_best and not stop:
             return
+        self._save(step, last=last, wait=last or stop or not self.config.checkpoint.background)
+        if stop:
+            self._stop_if_asked()
+        self.timer.take_step()
+        self.workers.start_clocks()
+
+    def _save(self, step: int, *, last: bool, wait: bool) -> None:
         self.workers.stop_clocks()
         with self.timer("checkpoint"):
             self.state["sampler"] = self.batches.state_dict(is_waiting=not self.line.is_empty)
             self.state["batch_size"] = self.config.train.batch_size
             self.state["seconds"] = self.timer.seconds()
             self.state["finished"] = last
-            if evaluated["step"] == step:
-                self.dir.record_eval(step, evaluated["wer"])
+            if (wer := self._evaluated(step)) is not None:
+                self.dir.record_eval(step, wer)
             self.saver.begin(self.student, step, self.state)
-            if last or stop or not self.config.checkpoint.background:
+            if wait:
                 self.saver.finish(self.student)
-        if stop:
-            raise Stopped(
-                f"stopped after step {step}, which is saved; start again with the same command and run_dir to go on"
-            )
-        self.timer.take_step()
-        self.workers.start_clocks()
+
+    def _evaluated(self, step: int) -> float | None:
+        """The WER after this very step, None where it was not measured."""
+        evaluated = self.state.get("last_wer") or {"step": None}
+        return evaluated["wer"] if evaluated["step"] == step else None
+
+    def _stop_if_asked(self) -> None:
+        """Raises Stopped where the run was asked to stop. For where everything up to `self.step` is saved."""
+        STOP.check(f"after step {self.step}, which is saved" if self.step else "before the first step")
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
@@ -345,13 +360,15 @@ class Run:
         exported_step = self._best_step()
         with self.timer("export"):
             self.saver.finish(self.student)
+            self._stop_if_asked()
             if exported_step != self.step:
                 self.student.load(self.dir.checkpoint_path(exported_step))
             self.student.export(export_dir)
             self.student.round_weights()
+        self._stop_if_asked()
         with self.timer("eval"):
             after = self.evaluate(self.step, self.student.transcribe, self.log)
-        summary = self._summary(exported_step, export_dir, after)
+        summary = summary_of(self, exported_step, export_dir, after)
         export = self.config.export
         write_model_card(export_dir, {**summary, "license": export.license, "config": self.config.to_dict()})
         self.evaluate.write_transcripts(self.dir.path)
@@ -359,32 +376,6 @@ class Run:
         if export.push:  # after the summary: a push that fails loses nothing and can be repeated
             print(f"push: {push(export_dir, export.push, export.private, export.revision)}")
         return self.print_summary()
-
-    def _summary(self, exported_step: int, export_dir: Path, after: dict[str, Any]) -> dict[str, Any]:
-        before, teacher = self.state["eval_before"], self.state.get("eval_teacher", {})
-        evaluation = {
-            name: {"before": before.get(name), "after": after[name], **({"teacher": teacher[name]} if teacher else {})}
-            for name in after
-        }
-        config = self.config
-        summary = {
-            "recipe": config.recipe_name, "stage": config.stage, "steps": self.step, "exported_step": exported_step,
-            "seed": config.seed,
-            "seconds": {name: round(value, 3) for name, value in self.timer.seconds().items()},
-            "cpu_seconds": {name: round(value, 2) for name, value in self.state["cpu_seconds"].items()},
-            "start": self.history.get("start"),
-            "eval": evaluation,
-            "train_manifest": config.data.train_manifest, "train_manifests": config.data.train_manifests,
-            "eval_manifests": config.data.eval_manifests,
-            "train_texts": self.data.num_texts(),
-            "export_dir": str(export_dir),
-            "languages": self.evaluate.languages(),
-        }  # fmt: skip
-        if config.stage == "td":
-            summary["teacher_data"] = self.teacher_data.counts()
-        if self.gate is not None:
-            summary["gate"] = {"checked": self.gate.num_checked, "left_out": self.gate.num_left_out}
-        return summary
 
     def _best_step(self) -> int:
         """The step that is exported: the last one; with early stopping the best by evaluation."""

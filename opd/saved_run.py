@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from opd.checkpoint import CONFIG_FILE, RunDir, load_saved_config, with_defaults
+from opd.checkpoint import RunDir
 from opd.checkpoint_files import damage
 from opd.resolve import absolute
+from opd.saved_config import CONFIG_FILE, load_saved_config, with_defaults
 from opd.schema import Config
 
 
@@ -36,9 +37,7 @@ def choose_step(run_dir: Path, config: dict[str, Any], step: int | None) -> int:
     if step is None:
         newest = run.latest()
         if newest is None:
-            raise ValueError(
-                f"run_dir={run_dir}: there is no complete and undamaged checkpoint; start the run again to make one"
-            )
+            raise ValueError(f"run_dir={run_dir}: there is no complete checkpoint; start the run again to make one")
         return newest
     path = run.checkpoint_path(step)
     if not path.is_dir():
@@ -52,16 +51,21 @@ def choose_step(run_dir: Path, config: dict[str, Any], step: int | None) -> int:
     return step
 
 
-def run_facts(run_dir: Path, config: Mapping[str, Any], step: int) -> dict[str, Any]:
-    """What the run directory tells of a checkpoint, with the evaluation of this very step if there was one."""
+def run_facts(run_dir: Path, config: Mapping[str, Any], step: int, run_dtype: str) -> dict[str, Any]:
+    """What the run directory tells of a checkpoint, with the evaluation of this very step if there was one.
+
+    run_dtype   what the run rounds its own export to, and evaluates at its end; config.export.dtype is that of this export
+    """
     facts: dict[str, Any] = {"recipe": Path(config["recipe"]).stem, "stage": config["stage"], "step": step}
-    summary = _summary(run_dir / "summary.json")
+    summary, dtype = _summary(run_dir / "summary.json"), config["export"]["dtype"]
     facts["languages"] = summary.get("languages")
     if summary and step == summary.get("exported_step", summary["steps"]):
         facts["eval"] = summary["eval"]
+        if dtype != run_dtype:
+            facts["evaluated_weights"] = f"rounded to {run_dtype}, these are in {dtype}"
     elif evaluation := _evaluation_within(run_dir, config, step):
         facts["eval"] = evaluation
-        if (dtype := config["export"]["dtype"]) != "float32":
+        if dtype != "float32":
             facts["evaluated_weights"] = f"float32, not yet rounded to {dtype}"
     return facts
 

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 
 NODE_LOSS_S = 20.0
@@ -28,17 +29,22 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """SIGTERM (a preempted machine, a stopped job) as a request that the loop answers after its step.
+    """SIGTERM (a preempted machine, a stopped job) as a request that is answered where nothing is lost by it.
 
-    grace_s   when this has passed and the driver is still there, it ends as it is: whoever asked would kill it soon
+    Such places are after a step, which is saved then, before and after evaluations, between batches of teacher data, and
+    before lost workers are replaced. There is one for the process, STOP: a request outlives a restart and a stage.
     """
 
-    def __init__(self, grace_s: float) -> None:
-        self.grace_s = grace_s
+    def __init__(self) -> None:
+        self.grace_s = 0.0
         self._asked = False
 
-    def install(self) -> None:
-        """Takes the signal over. After Ray has started: it installs a handler of its own."""
+    def install(self, grace_s: float) -> None:
+        """Takes the signal over. After Ray has started: it installs a handler of its own.
+
+        grace_s   when this has passed and the driver is still there, it ends as it is: whoever asked would kill it soon
+        """
+        self.grace_s = grace_s
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._handle)
 
@@ -46,25 +52,41 @@ class StopSignal:
     def asked(self) -> bool:
         return self._asked
 
+    def check(self, done: str) -> None:
+        """Raises Stopped where the run was asked to stop; `done` says what it has kept."""
+        if self._asked:
+            raise Stopped(f"stopped {done}; start again with the same command and run_dir to go on")
+
+    def pause(self, seconds: float, done: str) -> None:
+        """Sleeps, and checks meanwhile."""
+        deadline = time.monotonic() + seconds
+        self.check(done)
+        while (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(left, 0.2))
+            self.check(done)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._asked:
             return
         self._asked = True
-        self._write(f"SIGTERM: saving after this step, at most {self.grace_s:g} s from now")
+        self._write(f"SIGTERM: stopping once what is done is saved, at most {self.grace_s:g} s from now")
         timer = threading.Timer(self.grace_s, self._give_up)
         timer.daemon = True
         timer.start()
 
     def _give_up(self) -> None:
         self._write(
-            f"error: the step and its checkpoint took longer than checkpoint.grace_s={self.grace_s:g}; ended without a new "
-            "checkpoint; start again to go on from the newest one"
+            f"error: what was being done, and saving it, took longer than checkpoint.grace_s={self.grace_s:g}; ended without a "
+            "new checkpoint; start again to go on from the newest one"
         )
         os._exit(STOPPED_STATUS)
 
     @staticmethod
     def _write(line: str) -> None:
         os.write(sys.stderr.fileno(), f"{line}\n".encode())  # print is not safe in a signal handler
+
+
+STOP = StopSignal()
 
 
 class Restarts:

@@ -25,6 +25,7 @@ from opd.bad_audio import LEAST_SEEN
 from opd.checkpoint import atomic_write_text
 from opd.evaluate import utterance_errors
 from opd.schema import Config, TdConfig
+from opd.survival import STOP
 from opd.text import scored_language
 from opd.types import Batch, TeacherTranscript, Utterance
 
@@ -90,7 +91,10 @@ class TeacherData:
         batch_size: int,
         on_bad_audio: str,
     ) -> None:
-        """Has the teacher transcribe what is left. Raises ValueError for bad audio with `stop`, once the rest is kept."""
+        """Has the teacher transcribe what is left.
+
+        Raises ValueError for bad audio with `stop`, once the rest is kept, and Stopped between two batches.
+        """
         done, told = 0, time.monotonic()
         for batch in self.pending(utterances, batch_size):
             pairs = list(zip(batch, transcribe(batch), strict=True))
@@ -106,6 +110,7 @@ class TeacherData:
             if time.monotonic() - told > TELL_EVERY_S:
                 told = time.monotonic()
                 print(f"teacher data: {done} utterances transcribed", flush=True)
+            STOP.check(f"after {self.num_transcribed} of {len(utterances)} transcripts, which are kept")
 
     def counts(self) -> dict[str, Any]:
         """What `write` counted."""

@@ -12,12 +12,11 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
 from typing import TYPE_CHECKING
 
 from opd.config import describe, load_config, take_flag
 from opd.schema import Config
-from opd.survival import LOST, STOPPED_STATUS, Restarts, Stopped
+from opd.survival import LOST, STOP, STOPPED_STATUS, Restarts, Stopped
 from opd.validate import doubts
 
 if TYPE_CHECKING:
@@ -44,14 +43,16 @@ def train(config: Config) -> dict:
         logging.getLogger(__name__).warning(doubt)
     config = with_run_dir(config)
     restarts = Restarts(config.train.max_restarts)
+    STOP.check("before the next stage")
     while True:
         # Run directory, data, last complete checkpoint or a fresh start.
         with Run.open(config, is_restart=restarts.used > 0) as run:
             try:
                 return run_stage(run, config)
             except LOST as error:
+                STOP.check(f"in step {run.step + 1} ({error})")  # what is preempted loses its workers too
                 run.note_restart(restarts.allow(error, run.step + 1, run.progress))  # raises where the run is to stop
-        time.sleep(restarts.pause_s)
+        STOP.pause(restarts.pause_s, "before lost workers were replaced")
 
 
 def run_stage(run: Run, config: Config) -> dict:
@@ -63,6 +64,7 @@ def run_stage(run: Run, config: Config) -> dict:
     with run.timer("start"):
         run.start_workers()  # student: a verl RayWorkerGroup; teacher: plain Ray actors; both load at the same time
     run.evaluate_before()
+    run.evaluate_late()  # what a request to stop left out
 
     for step in run.steps_left():
         if config.stage == "opd":

@@ -9,6 +9,7 @@ from typing import Any
 from opd.checkpoint import atomic_write_text
 from opd.metrics import PhaseTimer
 from opd.schema import Config
+from opd.survival import STOP
 from opd.teachers.actor import TeacherGroup
 from opd.types import Batch
 from trainers.env import set_verl_env
@@ -70,6 +71,7 @@ class Workers:
 
         with self.timer("start_ray"):
             connect(cluster)
+            STOP.install(self.config.checkpoint.grace_s)
             ranks = self.config.num_ranks if with_student else 0
             check_resources(cluster, ranks, self.config.num_teachers if with_teacher else 0, self.wait_for_room_s)
 

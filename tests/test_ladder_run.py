@@ -1,9 +1,8 @@
-"""A ladder run for real: killed in the middle of a stage, taken up again, with a gate, filters and kept transcripts."""
+"""A ladder run for real: stopped in the middle of a stage, taken up again, with a gate, filters and kept transcripts."""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import time
@@ -20,7 +19,7 @@ LADDER = [
 ]  # fmt: skip
 
 
-def test_a_killed_ladder_goes_on_in_the_middle_of_its_stage(
+def test_a_stopped_ladder_goes_on_in_the_middle_of_its_stage(
     speech: dict[str, Path], cluster: dict[str, str], tmp_path: Path
 ) -> None:
     run_dir, cache = tmp_path / "run", tmp_path / "kept"
@@ -36,8 +35,13 @@ def test_a_killed_ladder_goes_on_in_the_middle_of_its_stage(
         assert first.poll() is None, first.stdout.read() if first.stdout else ""
         assert time.monotonic() < deadline, f"no teacher data within {TIMEOUT_S:g} s"
         time.sleep(0.02)
-    os.kill(first.pid, signal.SIGKILL)
-    first.communicate(timeout=60)
+    first.terminate()
+    printed, _ = first.communicate(timeout=120)
+    assert first.returncode == 128 + signal.SIGTERM, printed
+    kept = transcripts.read_text().count("\n")
+    assert printed.splitlines()[-1] == (
+        f"stopped after {kept} of 48 transcripts, which are kept; start again with the same command and run_dir to go on"
+    )
     written_before = transcripts.read_text().split("\n")[:8]
     assert not (run_dir / "td" / "summary.json").exists()
 

@@ -204,8 +204,11 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(
 ) -> None:
     """With schedule=one_step_off, where a rollout is in line that no checkpoint holds."""
     finished(jobs, "preempted")
-    steps = [line["step"] for line in metrics(folder / "preempted")]
+    lines = metrics(folder / "preempted")
+    steps = [line["step"] for line in lines if "loss/kl" in line]
     assert steps == list(range(1, 41)), "no step is lost, none is done twice"
+    evaluated = [line["step"] for line in lines if "eval/wer/held_out" in line]
+    assert evaluated == list(range(41)), "nor is an evaluation that a request to stop came before"
     rows = [json.loads(line) for line in (folder / "preempted" / "batches.jsonl").read_text().splitlines()]
     feed = TrainingData(load_config(["recipe=tiny", f"data.train_manifest={speech['unlabelled']}"])).feed
     assert [sorted(row["ids"]) for row in rows] == [sorted(u.id for u in feed.next_batch(8)) for _ in range(40)]

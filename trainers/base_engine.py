@@ -11,6 +11,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -68,6 +69,11 @@ class StudentEngine(BaseEngine):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
 
     # -- building --------------------------------------------------------------------------------------------------
+
+    @property
+    def collective_limit(self) -> timedelta:
+        """For groups that an engine makes beside the ranks' own: torch's default would be half an hour."""
+        return timedelta(seconds=self.config.cluster.collective_timeout_s)
 
     def initialize(self) -> None:
         """Loads the student in float32 (master weights), spreads it over the ranks, makes optimizer and schedule."""
@@ -376,7 +382,5 @@ def num_elements(parameter: torch.Tensor) -> int:
 
 def init_process_group(timeout_s: float, use_gpu: bool) -> None:
     """Joins the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe."""
-    from datetime import timedelta
-
     backend = "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))

@@ -86,7 +86,7 @@ class FSDP2Engine(StudentEngine):
         """With torch.distributed.checkpoint: any number of ranks can load it."""
         if self._save_group is None:
             # The ranks agree on what each writes while they train: those talks must not meet the training's.
-            self._save_group = dist.new_group(backend="gloo")
+            self._save_group = dist.new_group(timeout=self.collective_limit, backend="gloo")
         model, optimizer = get_state_dict(self.module, self.optimizer)
         state = {"model": model, "optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
         self.save_random_state(local_path)

@@ -13,8 +13,9 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine import CheckpointCommitInfo, TorchCheckpointEngine
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils import groups, safe_get_full_fp32_param
 from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from verl.utils.device import get_device_id, get_device_name
@@ -104,7 +105,9 @@ class ZeroEngine(StudentEngine):
         os.environ.setdefault(
             "LOCAL_RANK", str(self.device.index or 0)
         )  # DeepSpeed asks for what its launcher would set
-        deepspeed.init_distributed("gloo" if self.device.type == "cpu" else "nccl", verbose=False)
+        limit = self.collective_limit
+        deepspeed.init_distributed("gloo" if self.device.type == "cpu" else "nccl", verbose=False, timeout=limit)
+        groups._WORLD_GROUP = dist.new_group(timeout=limit)  # DeepSpeed's own copy would wait for torch's half hour
         buffers = {name: buffer.to(self.device, copy=True) for name, buffer in self.module.named_buffers()}
         optimizer = super()._build_optimizer()
         self.zero, *_ = deepspeed.initialize(

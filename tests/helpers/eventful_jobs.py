@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,14 +16,26 @@ from pathlib import Path
 import datasets
 import numpy as np
 import soundfile
-from main_job import BIN, ONE_RANK, ROOT, command, run, start, wait_for_checkpoint, wait_for_job_server, wait_for_step
+from main_job import (
+    BIN,
+    ONE_RANK,
+    ROOT,
+    command,
+    run,
+    start,
+    wait_for_checkpoint,
+    wait_for_job_server,
+    wait_for_step,
+    wait_until,
+)
 
 from data.manifest import read_manifest, write_manifest
 
 Result = subprocess.CompletedProcess[str]
 NO_EVAL = "data.eval_manifests={}"
 PREEMPTED = [
-    "train.num_steps=40", "checkpoint.checkpoint_every=100", "schedule=one_step_off", "data.log_batches=true", NO_EVAL, *ONE_RANK,
+    "train.num_steps=40", "checkpoint.checkpoint_every=100", "schedule=one_step_off", "data.log_batches=true", "eval.eval_every=1",
+    "eval.max_utterances=1", *ONE_RANK,
 ]  # fmt: skip
 
 
@@ -58,19 +71,37 @@ def lose_a_rank(arguments: list[str], env: dict[str, str], run_dir: Path) -> Res
 
 
 def preempt(arguments: list[str], env: dict[str, str], run_dir: Path) -> Result:
-    """A run that is asked to stop after step 3, and then started again."""
+    """A run that is asked to stop after step 3, again while a lost rank is replaced, and then ends."""
     process = start(arguments, env)
     wait_for_step(process, run_dir, 3)
-    process.terminate()
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, printed
-    (saved,) = (run_dir / "checkpoints").glob("step-*")
-    step = int(saved.name.removeprefix("step-"))
+    printed = stop(process)
+    step = newest_checkpoint(run_dir)
     assert 3 <= step <= 12
     assert f"stopped after step {step}, which is saved; start again with the same command and run_dir" in printed
+    process = start(arguments, env)
+    wait_for_step(process, run_dir, step + 1)
+    (rank,) = json.loads((run_dir / "workers.json").read_text())["student"]
+    os.kill(rank, signal.SIGKILL)
+    wait_until((run_dir / "restarts.jsonl").exists, process, "restart")
+    before_it = "stopped before lost workers were replaced"
+    step = newest_checkpoint(run_dir)
+    assert re.search(f"^({before_it}|stopped after step {step}, which is saved);", stop(process), re.MULTILINE)
     result = run(arguments, env)
     assert f"going on after step {step} of 40" in result.stdout
     return result
+
+
+def newest_checkpoint(run_dir: Path) -> int:
+    """Its step."""
+    return max(int(path.name.removeprefix("step-")) for path in (run_dir / "checkpoints").glob("step-*"))
+
+
+def stop(process: subprocess.Popen[str]) -> str:
+    """Asks a run to stop; what it has printed."""
+    process.terminate()
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, printed
+    return printed
 
 
 def mixed_sources(speech: dict[str, Path], folder: Path) -> dict[str, dict]:

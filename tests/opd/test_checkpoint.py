@@ -124,6 +124,28 @@ def test_damaged_checkpoint_is_skipped(run: RunDir, damage: str, caplog: pytest.
     reopened.close()
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(run: RunDir) -> None:
+    """To begin again from the first step would overwrite what the run has measured."""
+    (save(run, 1) / "model.bin").write_text("w")
+    changed = save(run, 2) / "model.bin"
+    changed.write_text("weighty")
+    run.metrics_path.write_text('{"step": 1}\n')
+    before = (run.path / "config.yaml").read_text()
+    run.close()
+    with pytest.raises(ValueError, match="every checkpoint is damaged") as error:
+        open_run(run.path, make_config(train={"num_steps": 20}))
+    assert str(error.value) == (
+        f"run_dir={run.path}: every checkpoint is damaged (step-000002: model.bin has other contents than when it was saved "
+        "(checksum); step-000001: model.bin has 1 bytes instead of 7); restore the files of one, or choose a new run_dir"
+    )
+    assert (run.path / "config.yaml").read_text() == before
+    assert run.metrics_path.read_text() == '{"step": 1}\n'
+    changed.write_text("weights")
+    restored = open_run(run.path)
+    assert restored.latest() == 2
+    restored.close()
+
+
 def test_failed_commit_leaves_the_earlier_checkpoint(run: RunDir) -> None:
     save(run, 1)
     run.begin_save(2)

@@ -237,6 +237,20 @@ def test_a_checkpoint_has_its_own_error_rates(run_dir, model, tmp_path, step, we
     assert "| recipe | tiny |" in card.text
 
 
+@pytest.mark.parametrize(("step", "said"), [(20, "rounded to bfloat16, these are in float32"), (30, None)])
+def test_a_checkpoint_in_another_type_than_the_run_exports(run_dir, model, tmp_path, capsys, step, said):
+    out = tmp_path / "out"
+    assert main([f"run_dir={run_dir}", f"step={step}", f"out_dir={out}", "dtype=float32"]) == 0
+    norm = load_file(out / "model.safetensors")["model.norm.weight"]
+    assert norm.dtype == torch.float32
+    assert torch.equal(norm, model.state_dict()["model.norm.weight"].float() + step)
+    text = (out / "README.md").read_text(encoding="utf-8")
+    assert (said or "") in text
+    assert "not yet rounded" not in text
+    assert main([f"run_dir={run_dir}", f"out_dir={out}", "dtype=int8"]) == 1
+    assert "dtype='int8': must be one of float32, bfloat16, float16" in capsys.readouterr().err
+
+
 def test_a_run_without_a_summary(run_dir, tmp_path):
     """Killed in mid-run, or in the final evaluation: what was measured between the steps is still known."""
     copy = tmp_path / "killed"

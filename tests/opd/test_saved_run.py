@@ -83,7 +83,15 @@ def test_a_damaged_checkpoint_that_is_named_is_refused(
 def test_a_run_without_an_undamaged_checkpoint(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
     for checkpoint in (run_dir / "checkpoints").glob("step-*"):
         flip_a_bit(checkpoint)
-    assert "there is no complete and undamaged checkpoint; start the run again" in error_of(capsys, run_dir)
+    error = error_of(capsys, run_dir)
+    assert "every checkpoint is damaged (step-000030: " in error
+    assert error.count("(checksum)") == 4
+    assert error.endswith("restore the files of one, or choose a new run_dir")
+
+
+def test_a_run_without_a_checkpoint(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    shutil.rmtree(run_dir / "checkpoints")
+    assert "there is no complete checkpoint; start the run again" in error_of(capsys, run_dir)
 
 
 def test_folders_of_other_names_are_no_checkpoints(run_dir: Path, capsys: pytest.CaptureFixture) -> None:

@@ -17,9 +17,9 @@ from opd.teachers.worker import halved_once, is_out_of_memory
 ROOT = Path(__file__).resolve().parents[2]
 ASKED = """
 import os, signal, sys, time
-from opd.survival import StopSignal
-stop = StopSignal(float(sys.argv[1]))
-stop.install()
+from opd.survival import STOP as stop
+stop.check("nothing")
+stop.install(float(sys.argv[1]))
 os.kill(os.getpid(), signal.SIGTERM)
 time.sleep(0.2)
 assert stop.asked
@@ -49,9 +49,41 @@ def test_a_request_to_stop_is_kept_until_grace_is_over(grace_s: float, needs_s: 
         cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert result.returncode == status
-    assert result.stderr.startswith(f"SIGTERM: saving after this step, at most {grace_s:g} s from now")
+    assert result.stderr.startswith(f"SIGTERM: stopping once what is done is saved, at most {grace_s:g} s from now")
     assert ("checkpoint.grace_s=0.5; ended without a new checkpoint" in result.stderr) == (status != 0)
     assert ("ended by itself" in result.stdout) == (status == 0)
+
+
+INTERRUPTED = """
+import os, signal, threading
+from opd.survival import STOP, Restarts, Stopped, WorkerDied
+STOP.install(600.0)
+STOP.install(600.0)  # as by the next stage, or a restart: it is the same request
+restarts = Restarts(3)
+for _ in range(2):
+    restarts.allow(WorkerDied("rank 0 died"), 5 + restarts.used)
+assert restarts.pause_s > 0
+threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+try:
+    STOP.pause(600.0, "before lost workers were replaced")
+except Stopped as stopped:
+    print(stopped)
+STOP.install(600.0)
+try:
+    STOP.check("before the first step")
+except Stopped as stopped:
+    print(stopped)
+"""
+
+
+def test_a_request_to_stop_ends_the_pause_before_a_restart_and_outlives_it() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    go_on = "start again with the same command and run_dir to go on"
+    assert result.stdout.splitlines() == [
+        f"stopped before lost workers were replaced; {go_on}", f"stopped before the first step; {go_on}",
+    ], result.stderr  # fmt: skip
 
 
 def score_within(limit_bytes: int, rows: int) -> tuple[dict, dict]:

@@ -10,8 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from engine_steps import make_config, start
 from main_job import ROOT
 from ranks import run_ranks
+
+from opd.schema import Config
+from trainers.fsdp2 import FSDP2Engine
+from trainers.zero import ZeroEngine
 
 LIMIT_S = 10.0
 PROGRAM = """
@@ -84,7 +89,7 @@ def test_placement_calls_and_dead_workers(cluster: dict[str, str]) -> None:
     assert mendable == "ValueError nothing to mend"
 
 
-def wait_for_the_other_rank(given_up: Path) -> float:
+def wait_for_the_other_rank(given_up: Path, group: dist.ProcessGroup | None = None) -> float:
     """Rank 1 never comes to the reduction; rank 0 says how long it waited for it."""
     dist.barrier()
     began = time.monotonic()
@@ -93,11 +98,30 @@ def wait_for_the_other_rank(given_up: Path) -> float:
             time.sleep(0.1)
         return 0.0
     with pytest.raises(RuntimeError, match="(?i)timed out"):
-        dist.all_reduce(torch.ones(1))
+        dist.all_reduce(torch.ones(1), group=group)
     given_up.touch()
     return time.monotonic() - began
 
 
 def test_a_collective_ends_after_its_limit(tmp_path: Path) -> None:
     waited = run_ranks(2, wait_for_the_other_rank, tmp_path / "given_up", limit_s=LIMIT_S)[0]
+    assert LIMIT_S - 0.5 < waited < 3 * LIMIT_S, "the other rank was there for twice as long"
+
+
+def wait_in_the_engine(config: Config, folder: Path) -> float:
+    """The same within the group that the engine has made for itself."""
+    engine = start(config, ZeroEngine if config.engine == "deepspeed" else FSDP2Engine)
+    engine.save_checkpoint(str(folder))
+    group = engine.zero.data_parallel_group if config.engine == "deepspeed" else engine._save_group
+    assert group is not None
+    assert group is not dist.group.WORLD
+    return wait_for_the_other_rank(folder / "given_up", group)
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "deepspeed"])
+def test_a_collective_of_an_engine_ends_after_the_limit_of_the_config(
+    tiny_dir: Path, tmp_path: Path, engine: str
+) -> None:
+    config = make_config(tiny_dir, engine=engine, cluster={"collective_timeout_s": LIMIT_S})
+    waited = run_ranks(2, wait_in_the_engine, config, tmp_path)[0]
     assert LIMIT_S - 0.5 < waited < 3 * LIMIT_S, "the other rank was there for twice as long"
