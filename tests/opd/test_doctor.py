@@ -167,13 +167,24 @@ def test_too_many_ranks_for_the_cluster_skip_the_workers_with_the_reason(visits:
     assert found["disk"][0] == "ok"
 
 
-def test_a_config_that_cannot_be_read_is_one_row(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["recipe=tiny", "optim.lrr=1"], "unknown key optim.lrr; did you mean optim.lr?"),
+        (["recipe=tiny_ladder", "stages=[nope]"], "stages: nope is no kind of stage"),
+        (["recipe=tiny_compare", "compare={arms:{a:{x:1}}}"], "compare.seeds is missing"),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_one_row(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     from opd.doctor.__main__ import main
 
-    assert main(["recipe=tiny", "optim.lrr=1"]) == 1
+    assert main(arguments) == 1
     found = table(capsys.readouterr().out)
     assert found["config"][0] == "fail"
-    assert "unknown key optim.lrr; did you mean optim.lr? fix: print_config=true" in found["config"][1]
+    assert message in found["config"][1]
+    assert "fix: print_config=true" in found["config"][1]
     assert found["all others"] == ("skipped", "needs what failed: config")
 
 
