@@ -16,7 +16,7 @@ import soundfile
 from data.audio import BadAudio, audio_seconds, load_audio
 from data.huggingface import HuggingFaceRows, parse_name
 from data.import_huggingface import read_huggingface
-from data.index import open_manifest
+from data.index import ids_digest, open_manifest
 from data.manifest import read_manifest, write_manifest
 from data.sound import shown
 from data.stream import StreamFeed
@@ -93,6 +93,7 @@ def test_rows_are_utterances_by_position(stored: dict[str, str], kind: str) -> N
     assert data[-1] == data[NUM - 1]
     assert [u.id for u in data[3:6]] == ["u3", "u4", "u5"]
     assert (data.facts.num_texts, data.facts.languages) == (NUM, [("en", 0), ("nl", 1)])
+    assert ids_digest(data) == ids_digest(list(data))
 
 
 def test_columns_can_be_named_and_rows_have_ids_of_their_own(stored: dict[str, str]) -> None:
