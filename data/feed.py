@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from data.index import ids_digest
 from data.sampler import EpochSampler
 from opd.types import Batch, Utterance
 
@@ -48,6 +49,7 @@ class ManifestFeed:
         self.utterances = utterances
         self.sampler = sampler
         self.num_utterances: int | None = len(utterances)
+        self._ids_digest: str | None = None
 
     def next_batch(self, batch_size: int) -> Batch:
         return [self.utterances[index] for index in self.sampler.next_batch(batch_size)]
@@ -59,10 +61,21 @@ class ManifestFeed:
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        return self.sampler.state_dict()
+        return {**self.sampler.state_dict(), "ids_digest": self._digest()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        saved, own = state.get("ids_digest"), self._digest()  # older checkpoints and indexes have none
+        if None not in (saved, own) and saved != own and state.get("num_utterances") == self.num_utterances:
+            raise ValueError(
+                f"the checkpoint was made with {self.num_utterances} other utterances, or with these in another order (their "
+                "ids differ): resume with the manifest of the first run, or start a new run"
+            )
         self.sampler.load_state_dict(state)
+
+    def _digest(self) -> str | None:
+        if self._ids_digest is None:
+            self._ids_digest = ids_digest(self.utterances)
+        return self._ids_digest
 
 
 class MixedFeed:
@@ -126,7 +139,10 @@ class MixedFeed:
                     "resume with the manifests and settings of the first run, or start a new run"
                 )
         for name, feed in self.feeds.items():
-            feed.load_state_dict(state["sources"][name])
+            try:
+                feed.load_state_dict(state["sources"][name])
+            except ValueError as error:
+                raise ValueError(f"source {name}: {error}") from error
         self.position, self._handed_out = state["position"], dict(state["handed_out"])
 
     def _sources(self, batch_size: int) -> list[str]:

@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 
 from data.import_columns import Columns
 from data.import_huggingface import open_data, plain_values
-from data.index import Facts, positions_of_repeated
+from data.index import Facts, IdsDigest, positions_of_repeated
 from data.manifest import to_utterance
 from data.sound import HUGGINGFACE_PREFIX, inline
 from opd.types import Utterance
@@ -133,12 +133,15 @@ class HuggingFaceRows(Sequence[Utterance]):
         names = {field: found[field] for field in ("id", "language", "text") if field in found}
         facts = Facts(num_utterances=len(self))
         first_of_language: dict[Any, int] = {} if "language" in names else {None: 0}
-        hashes = array("q")
+        hashes, digest = array("q"), IdsDigest()
         tables = self._data.select_columns(list(names.values())).with_format("arrow").iter(_BATCH) if names else ()
         for number, table in enumerate(tables):
             start = number * _BATCH
             if "id" in names:
-                hashes.extend(map(hash, map(str, table[names["id"]].to_pylist())))
+                ids = list(map(str, table[names["id"]].to_pylist()))
+                hashes.extend(map(hash, ids))
+                for utterance_id in ids:
+                    digest.add(utterance_id)
             if "language" in names:
                 for language, row in _first_rows(table[names["language"]]):
                     first_of_language.setdefault(language, start + row)
@@ -151,6 +154,7 @@ class HuggingFaceRows(Sequence[Utterance]):
         if require_text and "text" not in names:
             raise ValueError(f"{self}: this set needs transcripts: name the column with text=COLUMN")
         self._check_ids(np.frombuffer(hashes, np.int64))
+        facts.ids_digest = digest.hexdigest() if "id" in names else None
         # Read as utterances, so that a language that is not known is told now.
         facts.languages = [(self[position].language, position) for position in first_of_language.values()]
         return facts

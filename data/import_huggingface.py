@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from data.import_audio import AudioStore, StoredAudio
 from data.import_columns import COLUMN_NAMES
@@ -27,7 +29,7 @@ def read_huggingface(source: Path, *, split: str | None, audio: str | None) -> S
     data, column = open_data(str(source), split=split, audio=audio, streaming=True)
     total = len(data) if isinstance(data, datasets.Dataset) else None
     name = f"{source}[{split}]" if split else str(source)
-    return Source(_rows(data, column, name), source.absolute(), total, column)
+    return Source(_rows(data, column, name, str(source)), source.absolute(), total, column)
 
 
 def open_data(
@@ -60,12 +62,32 @@ def _open(source: Path, split: str | None, streaming: bool, subset: str | None) 
         else:
             data = datasets.load_dataset(str(source), subset, streaming=streaming)
     except Exception as error:  # the library raises many kinds, its own and pyarrow's
-        raise ValueError(f"{source}: is no Hugging Face data set that can be read ({error}): check it") from error
+        raise ValueError(
+            f"{source}: is no Hugging Face data set that can be read ({reason(error, source)}): check it"
+        ) from error
     if isinstance(data, dict):
         return choose_split(data, split, source)
     if split is not None:
         raise ValueError(f"split={split}: {source} has no splits: leave it out")
     return data
+
+
+def reason(error: BaseException, source: Path) -> str:
+    """What is behind an error of `datasets`, which wraps others; with the first parquet file here that has no good end."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    files = [source] if source.is_file() else sorted(source.rglob("*.parquet"))
+    damaged = next((file for file in files if file.suffix == ".parquet" and not _has_footer(file)), None)
+    return f"{damaged}: {error}" if damaged else str(error) or type(error).__name__
+
+
+def _has_footer(parquet: Path) -> bool:
+    """Whether its last bytes say what it holds, as those of a truncated file do not."""
+    try:
+        pq.read_metadata(parquet)
+    except (OSError, pa.ArrowInvalid):
+        return False
+    return True
 
 
 def _audio_column(features: Any, audio: str | None, source: str) -> str:
@@ -86,14 +108,15 @@ def plain_values(row: dict[str, Any], features: Any) -> dict[str, Any]:
     return {key: labels[key].int2str(v) if key in labels and v is not None else v for key, v in row.items()}
 
 
-def _rows(data: Any, column: str, name: str) -> Iterator[Row]:
+def _rows(data: Any, column: str, name: str, source: str) -> Iterator[Row]:
     rows = iter(data)
     for index in count():
         where = f"{name}:row {index}"
         try:
             values = next(rows, None)
         except Exception as error:  # as in _open
-            raise ValueError(f"{where}: cannot be read ({error}): fetch the data set again") from error
+            why = reason(error, Path(source))
+            raise ValueError(f"{where}: cannot be read ({why}): fetch the data set again") from error
         if values is None:
             return
         value = values[column]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data.import_sources import Row, Source
+from data.tar import DamagedTar, whole_members
 
 _SOUND = frozenset({"flac", "wav", "mp3", "ogg", "opus", "aiff", "sph"})
 
@@ -32,9 +33,15 @@ def read_shards(source: Path) -> Source:
 def _rows(shard: Path) -> Iterator[Row]:
     try:
         with tarfile.open(shard, "r:") as tar:
-            members = (member for member in tar if member.isreg() and not os.path.basename(member.name).startswith("."))
+            members = (
+                member
+                for member in whole_members(tar)
+                if member.isreg() and not os.path.basename(member.name).startswith(".")
+            )
             for key, group in groupby(members, key=lambda member: _split_name(member.name)[0]):
                 yield _row(tar, shard, key, {_split_name(member.name)[1]: member for member in group})
+    except DamagedTar as error:
+        raise ValueError(f"{shard}: is {error}: fetch it again") from error
     except (tarfile.TarError, OSError) as error:
         raise ValueError(f"{shard}: is no plain tar file ({error}): unpack a compressed one to .tar") from error
 

@@ -41,6 +41,7 @@ class Facts:
 
     line_without_text   number of the first line that has no words in its `text`; None where all have
     languages           (`language` as written, or None; position of the first line with it) of each that occurs
+    ids_digest          of all ids in order (`ids_digest`); None where an index was built before there was one
     """
 
     version: int = _VERSION
@@ -49,6 +50,7 @@ class Facts:
     num_timed: int = 0
     line_without_text: int | None = None
     languages: list[tuple[str | None, int]] = field(default_factory=list)
+    ids_digest: str | None = None
 
 
 class IndexedManifest(Sequence[Utterance]):
@@ -135,6 +137,30 @@ def facts_of(utterances: Sequence[Utterance]) -> Facts:
     return Facts(num_utterances=len(utterances), num_texts=num_texts, languages=list(first.items()))
 
 
+class IdsDigest:
+    """A digest of ids in their order."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.blake2b(digest_size=16)
+
+    def add(self, utterance_id: str) -> None:
+        self._hash.update(f"{utterance_id}\n".encode(errors="surrogatepass"))
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def ids_digest(utterances: Sequence[Utterance]) -> str | None:
+    """A digest of the ids in order: of a list by a look at each, else what an index knows. None where that is nothing."""
+    facts = getattr(utterances, "facts", None)
+    if facts is not None:
+        return facts.ids_digest
+    digest = IdsDigest()
+    for utterance in utterances:
+        digest.add(utterance.id)
+    return digest.hexdigest()
+
+
 def _line_at(file: int, offset: int) -> bytes:
     """The line that begins at a byte of an open file."""
     size = _READ_SIZE
@@ -177,13 +203,14 @@ def _build(path: Path, folder: Path) -> str:
             "%s: an index of its %.1f GB is built, once; that takes about a minute for each 3 GB", path, size / 1e9
         )
     offsets, seconds, hashes = array("q"), array("f"), array("q")
-    facts = Facts()
+    facts, digest = Facts(), IdsDigest()
     first_of_language: dict[str | None, int] = {}
     for number, offset, line in _lines(path):
         utterance_id, language, text, duration = _checked(line, path, number)
         position = len(offsets)
         offsets.append(offset)
         hashes.append(hash(utterance_id))
+        digest.add(utterance_id)
         if language not in first_of_language:
             first_of_language[language] = position
         if text is not None:
@@ -201,6 +228,7 @@ def _build(path: Path, folder: Path) -> str:
         raise no_utterances(path)
     facts.num_utterances = len(offsets)
     facts.languages = list(first_of_language.items())
+    facts.ids_digest = digest.hexdigest()
     starts = np.frombuffer(offsets, np.int64)
     _check_ids(path, starts, np.frombuffer(hashes, np.int64))
     np.save(folder / "offsets.npy", starts)

@@ -16,11 +16,13 @@ import json
 import os
 import tarfile
 import threading
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
 from data.build import cache_home
+from data.tar import DamagedTar, whole_members
 
 HUGGINGFACE_PREFIX, INLINE_PREFIX = "hf:", "data:"
 _MEMBER_MARK = ".tar!"
@@ -81,7 +83,15 @@ def _decoded(address: str) -> bytes:
 
 def _read_member(tar: str, member: str) -> bytes:
     stat = os.stat(tar)
-    found = _members(tar, stat.st_size, stat.st_mtime_ns).get(_plain(member))
+    listing = _members(tar, stat.st_size, stat.st_mtime_ns)
+    if listing.refused is not None:
+        raise OSError(errno.EINVAL, listing.refused)
+    found = listing.members.get(_plain(member))
+    if found is None and listing.damaged_after is not None:
+        raise OSError(
+            errno.EIO,
+            f"{tar} is damaged after byte {listing.damaged_after}; {member!r} is not before it: fetch it again",
+        )
     if found is None:
         raise FileNotFoundError(errno.ENOENT, f"{tar} has no member {member!r}")
     offset, size = found
@@ -92,32 +102,52 @@ def _read_member(tar: str, member: str) -> bytes:
     return content
 
 
+@dataclass(frozen=True)
+class _Listing:
+    """What a tar file holds.
+
+    members         {name: [offset, size]} of its files
+    damaged_after   the byte from which on it cannot be read; None where it is whole
+    refused         why it is no plain tar file at all
+    """
+
+    members: dict[str, list[int]]
+    damaged_after: int | None = None
+    refused: str | None = None
+
+
 @lru_cache(maxsize=_OPEN_TARS)
-def _members(tar: str, size: int, mtime_ns: int) -> dict[str, list[int]]:
-    """{name: [offset, size]} of the files in a tar, from the cache where they were listed before."""
+def _members(tar: str, size: int, mtime_ns: int) -> _Listing:
+    """The listing of a tar, from the cache where it was made before."""
     digest = hashlib.blake2b(os.path.abspath(tar).encode(errors="surrogateescape"), digest_size=16).hexdigest()
     path = cache_home() / "tars" / digest[:2] / f"{digest}.json"
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["of"] == [size, mtime_ns]:
-            return kept["members"]
+            return _Listing(kept["members"], kept["damaged_after"], kept["refused"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none yet, or written by something else: it is made anew
-    members = _list_members(tar)
+    listing = _list_members(tar)
     try:
-        _replace(path, json.dumps({"of": [size, mtime_ns], "members": members}))
+        _replace(path, json.dumps({"of": [size, mtime_ns], **asdict(listing)}))
     except OSError:
         pass  # no room or no right to write there: the next process lists them again
-    return members
+    return listing
 
 
-def _list_members(tar: str) -> dict[str, list[int]]:
+def _list_members(tar: str) -> _Listing:
+    members: dict[str, list[int]] = {}
     try:
         with tarfile.open(tar, "r:") as file:
-            return {_plain(member.name): [member.offset_data, member.size] for member in file if member.isreg()}
+            for member in whole_members(file):
+                if member.isreg():
+                    members[_plain(member.name)] = [member.offset_data, member.size]
+    except DamagedTar as error:
+        return _Listing(members, damaged_after=error.after)
     except tarfile.TarError as error:
         hint = "a compressed one cannot be read at a place: unpack it to .tar, or fetch it again"
-        raise OSError(errno.EINVAL, f"{tar} is no plain tar file ({error}): {hint}") from error
+        return _Listing({}, refused=f"{tar} is no plain tar file ({error}): {hint}")
+    return _Listing(members)
 
 
 def _plain(name: str) -> str:

@@ -6,13 +6,14 @@ import zlib
 from collections import deque
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 
 from data.huggingface import RowConverter, inline_sound, parse_name
-from data.import_huggingface import open_data
+from data.import_huggingface import open_data, reason
 from opd.types import Batch, Utterance
 
 
@@ -115,7 +116,7 @@ class StreamFeed:
 
     def _read_block(self) -> None:
         stream = self._data.state_dict() if self._number else None
-        rows = list(islice(self._rows, self.name.buffer))
+        rows = self._next_rows()
         if rows:
             order = np.random.Philox(np.random.SeedSequence([self.seed, self._epoch, self._number])).random_raw(
                 len(rows)
@@ -129,6 +130,17 @@ class StreamFeed:
         else:
             self._begin(self._epoch + 1, 0, None)
             self._read_block()
+
+    def _next_rows(self) -> list[dict[str, Any]]:
+        """The rows of a block; none at the end of an epoch."""
+        rows: list[dict[str, Any]] = []
+        try:
+            rows.extend(islice(self._rows, self.name.buffer))
+        except Exception as error:  # the library raises many kinds, its own and pyarrow's
+            where = f"{self.name.path}:row {self._number * self.name.buffer + len(rows)} of epoch {self._epoch + 1}"
+            why = reason(error, Path(self.name.path))
+            raise ValueError(f"{where}: the stream cannot be read ({why}): fetch the data set again") from error
+        return rows
 
     def _utterance(self, block: _Block, number: int, row: dict[str, Any]) -> Utterance:
         where = f"{self.name.path}:row {number} of epoch {block.epoch + 1}"

@@ -35,16 +35,25 @@ if [ -z "$run_dir" ]; then
     echo "error: run_dir=/absolute/path is missing: a job runs in a temporary copy of this folder" >&2
     exit 1
 fi
+shopt -s nocasematch # `http_proxy` is usual, too
 for name in ${names//,/ }; do
     case "$name" in
         *[!A-Za-z0-9_]*) echo "error: env=$names: give names of variables, with commas between" >&2; exit 1 ;;
-        *KEY* | *TOKEN* | *SECRET* | *PASSWORD* | *CREDENTIAL*)
+    esac
+    case "$name" in
+        PWD | OLDPWD) ;;
+        *KEY* | *TOKEN* | *SECRET* | *PASS* | *PWD* | *AUTH* | *CRED*)
             echo "error: env=$name: Ray shows a job's variables to everybody who sees the dashboard; set it in the shell that" \
                 "starts the head, or log in on the nodes (docs/cluster.md)" >&2
             exit 1 ;;
     esac
     if [ -z "${!name+set}" ]; then
         echo "error: env=$name: this variable is not set here; export it, or leave it out" >&2
+        exit 1
+    fi
+    if [[ $name == *PROXY* && ${!name} == *@* ]]; then
+        echo "error: env=$name: it may hold a password before its @, and Ray shows a job's variables to everybody who sees the" \
+            "dashboard; set it in the shell that starts the head (docs/cluster.md)" >&2
         exit 1
     fi
     export "${name?}"

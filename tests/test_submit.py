@@ -27,12 +27,30 @@ def test_help_is_told_and_so_is_how_it_is_used(arguments: list[str], status: int
         (["recipe=tiny", "run_dir=runs/x"], "run_dir=runs/x: a job runs in a temporary copy of this folder"),
         ([*RUN, "env=HF_TOKEN"], "env=HF_TOKEN: Ray shows a job's variables to everybody who sees the dashboard"),
         ([*RUN, "env=OMP_NUM_THREADS,WANDB_API_KEY"], "env=WANDB_API_KEY: Ray shows a job's variables"),
+        *(
+            ([*RUN, f"env={name}"], f"env={name}: Ray shows a job's variables")
+            for name in ("wandb_api_key", "DB_PASSWD", "GIT_PASS", "MYSQL_PWD", "AWS_AUTH", "Cloud_Cred")
+        ),
+        ([*RUN, "env=http_proxy"], "env=http_proxy: it may hold a password before its @"),
+        ([*RUN, "env=HTTPS_PROXY"], "env=HTTPS_PROXY: it may hold a password before its @"),
+        ([*RUN, "env=NO_PROXY,NOT_SET_ANYWHERE"], "env=NOT_SET_ANYWHERE: this variable is not set here"),
         ([*RUN, "env=NOT_SET_ANYWHERE"], "env=NOT_SET_ANYWHERE: this variable is not set here"),
         ([*RUN, "env=A=1"], "env=A=1: give names of variables"),
     ],
 )
 def test_what_cannot_go_well_is_refused(arguments: list[str], message: str) -> None:
-    environment = dict(os.environ) | {"HF_TOKEN": "hidden-value", "WANDB_API_KEY": "hidden-value"}
+    secret = (
+        "HF_TOKEN",
+        "WANDB_API_KEY",
+        "wandb_api_key",
+        "DB_PASSWD",
+        "GIT_PASS",
+        "MYSQL_PWD",
+        "AWS_AUTH",
+        "Cloud_Cred",
+    )
+    proxies = dict.fromkeys(("http_proxy", "HTTPS_PROXY"), "http://me:hidden-value@proxy:3128")
+    environment = {**os.environ, **dict.fromkeys(secret, "hidden-value"), **proxies, "NO_PROXY": "localhost"}
     result = subprocess.run(
         [str(ROOT / "scripts" / "submit.sh"), *arguments], env=environment, capture_output=True, text=True, check=False
     )

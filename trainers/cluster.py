@@ -29,6 +29,36 @@ if not select.select([sys.stdin], [], [], limit_s)[0] and os.getppid() == watche
     os.kill(watched, signal.SIGKILL)
 """
 
+# Joins Ray as a driver does, and leaves again.
+PROBE = "import ray; ray.init(log_to_driver=False, logging_level='ERROR'); ray.shutdown()"
+
+
+def check_head(limit_s: float) -> None:
+    """Raises ValueError where a process cannot join the cluster of RAY_ADDRESS within a number of seconds.
+
+    That process is another one, since ray.init may hang for ever, or end the process that calls it.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    if not address or ray.is_initialized():
+        return
+    # Within a Ray job, the probe is no second driver of that job.
+    env = {key: value for key, value in os.environ.items() if key != "RAY_JOB_CONFIG_JSON_ENV_VAR"}
+    try:
+        subprocess.run(
+            [sys.executable, "-c", PROBE], env=env, stdin=subprocess.DEVNULL, timeout=limit_s, check=True,
+            capture_output=True, text=True,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(
+            f"RAY_ADDRESS={address}: Ray could not be joined within {limit_s:g} s: its control service does not answer, or "
+            "the object store of this node is full"
+        ) from error
+    except subprocess.CalledProcessError as error:
+        said = next((line.strip() for line in reversed(error.stderr.splitlines()) if line.strip()), "")
+        raise ValueError(
+            f"RAY_ADDRESS={address}: Ray cannot be joined: {said or f'exit status {error.returncode}'}"
+        ) from error
+
 
 def connect(cluster: ClusterConfig) -> None:
     """Joins the cluster of RAY_ADDRESS or of the surrounding Ray job; starts a local one where there is none.

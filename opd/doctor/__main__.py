@@ -28,6 +28,7 @@ def findings_of(arguments: list[str], scratch: Path) -> tuple[str, dict[str, Fin
     findings: dict[str, Finding] = {}
     try:
         config = load_config(arguments, check=False)
+        examined = Examined(config, scratch)  # reads the stages of a ladder and the arms of a comparison
     except ValueError as error:
         examine([packages], None, findings)
         lists_recipes = str(error).startswith(("no recipe given", "recipe="))
@@ -38,7 +39,6 @@ def findings_of(arguments: list[str], scratch: Path) -> tuple[str, dict[str, Fin
         }
     from opd.doctor.live import LIVE_CHECKS  # imports Ray and verl
 
-    examined = Examined(config, scratch)
     try:
         with Console(stderr=True).status("looking") as status:
             checks = [packages, *CHECKS, *LIVE_CHECKS]

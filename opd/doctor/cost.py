@@ -20,7 +20,10 @@ def check_expected_memory(examined: Examined) -> Finding | str:
     """The most that a run can need, on the longest audio that it allows (opd.memory), beside what there is."""
     config = examined.config
     if config.engine != "fsdp2":
-        return f"there is no estimate for engine={config.engine}; the measured memory below is what tells"
+        return Finding(
+            "warning", f"there is no estimate for engine={config.engine}",
+            "look at the measured memory below; python -m opd.memory with engine=fsdp2 says how much a rank holds there",
+        )  # fmt: skip
     try:
         found = estimate(config)
     except ValueError as error:

@@ -27,6 +27,7 @@ from opd.teachers.actor import TeacherGroup
 from opd.types import Batch, TeacherScore
 from trainers.env import set_verl_env
 
+JOIN_LIMIT_S = 20.0
 PLACEMENT_LIMIT_S = 30.0
 CALL_LIMIT_S = 100.0
 SAME = 1e-3  # nats a position: a student against itself, computed twice; with less than float32
@@ -80,10 +81,11 @@ def check_ray(examined: Examined) -> Finding | str:
     """Starts or joins Ray, as the run does."""
     config = examined.config
     set_verl_env(config.cluster.use_gpu)
-    from trainers.cluster import connect
+    from trainers.cluster import check_head, connect
 
+    check_head(JOIN_LIMIT_S)
     examined.live = Live(trial_config(config))
-    connect(config.cluster)
+    connect(examined.live.config.cluster)
     nodes = [node for node in ray.nodes() if node["Alive"]]
     have = ray.cluster_resources()
     said = f"{len(nodes)} node(s), {have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs"
@@ -345,9 +347,10 @@ def check_identity(examined: Examined) -> Finding | str | None:
 
 TEACHER_NEEDS = ("config", "resources", "student's path", "teacher's environment", "teacher's path")
 SLOW = f"; a model that takes longer than {CALL_LIMIT_S:g} s to load is no fault, the run waits cluster.start_timeout_s"
+RAY_FIX = "start Ray (docs/cluster.md) or correct RAY_ADDRESS; or unset RAY_ADDRESS to start one here"
 LIVE_CHECKS = [
     Check("expected memory", check_expected_memory, ("config", "student's path")),
-    Check("Ray", check_ray, ("config",), "start Ray (docs/cluster.md), or unset RAY_ADDRESS to start one here"),
+    Check("Ray", check_ray, ("config",), RAY_FIX),
     Check("resources", check_resources, ("Ray",), "a larger cluster, or fewer or smaller workers"),
     Check("shared storage", check_shared_paths, ("Ray", "run directory")),
     Check("student", check_student, ("config", "resources", "student's path"), f"mend what the rank says{SLOW}"),

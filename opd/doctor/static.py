@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import fcntl
 import os
 import shutil
@@ -18,7 +19,7 @@ import torch
 from packaging.requirements import Requirement
 
 from opd.checkpoint import CONFIG_FILE, LOCK_FILE, RunDir
-from opd.config import PROJECT_ROOT
+from opd.config import PROJECT_ROOT, resolve_path
 from opd.doctor.examined import GB, Examined
 from opd.doctor.manifests import check_eval_manifests, check_languages, check_train_audio, check_train_manifest
 from opd.doctor.report import Check, Finding
@@ -30,7 +31,7 @@ from opd.schema import FROZEN_KEYS, Config
 from opd.teachers.environment import check_environments
 from opd.validate import validate
 
-EXPORT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def check_config(examined: Examined) -> Finding | str:
@@ -128,7 +129,7 @@ def check_student(examined: Examined) -> Finding | str:
     if path:
         path = resolve_model("student.path", path, Path(str(with_run_dir(config).run_dir)))
         if not Path(path).is_dir() and not _is_cached(path):
-            return _not_downloaded("student.path", path)
+            return _not_there("student.path", path)
         config = dataclasses.replace(config, student=dataclasses.replace(config.student, path=path))
         examined.student_path = path
     examined.sizes = student_sizes(config)
@@ -144,7 +145,7 @@ def check_teacher_path(examined: Examined) -> Finding | str | None:
         key = f"teacher.routes.{name}.path" if name else "teacher.path"
         path = resolve_teacher(name, teacher, run_dir)
         if not Path(path).is_dir() and not _is_cached(path):
-            return _not_downloaded(key, path)
+            return _not_there(key, path)
         examined.teacher_paths[name] = path
     return ", ".join(examined.teacher_paths.values())
 
@@ -155,7 +156,17 @@ def _is_cached(repository: str) -> bool:
     return isinstance(try_to_load_from_cache(repository, "config.json"), str)
 
 
-def _not_downloaded(key: str, path: str) -> Finding:
+def _not_there(key: str, path: str) -> Finding:
+    """Of owner/name: a Hub id, or a mistyped folder where `owner` is a folder here."""
+    parent = Path(resolve_path(str(Path(path).parent)))
+    if parent.is_dir():
+        names = sorted(entry.name for entry in parent.iterdir() if (entry / "config.json").is_file())
+        close = difflib.get_close_matches(Path(path).name, names, n=len(names) or 1, cutoff=0.0)
+        there = ", ".join(f"{path.rpartition('/')[0]}/{name}" for name in close[:5])
+        fix = f"set {key} to one of the checkpoints beside it: {there}"
+        if not there:
+            fix = f"there is no checkpoint in {parent}: set {key} to another folder"
+        return Finding("fail", f"{key}={path}: no such folder", fix)
     return Finding(
         "fail", f"{key}={path}: not on this machine yet, so the step cannot be tried",
         f"hf download {path} (on every node, or into a folder that all see), then look again",
@@ -200,11 +211,23 @@ def check_run_dir(examined: Examined) -> str:
     return f"{path} is there" + (f" and goes on after step {step}" if step else "")
 
 
+def checkpoint_bytes(config: Config, sizes: StudentSizes) -> float:
+    """Of one checkpoint: float32 weights and two moments of what is trained, and the weights that are not.
+
+    DeepSpeed holds those in the compute type; at stages 1 and 2 it writes what is trained in that type, too.
+    """
+    frozen = sizes.num_parameters - sizes.num_trained
+    trained = 12.0 * sizes.num_trained
+    if config.engine == "fsdp2":
+        return trained + 4.0 * frozen
+    compute = BYTES[config.student.dtype]
+    return trained + compute * (frozen if config.zero.stage == 3 else sizes.num_parameters)
+
+
 def disk_needed(config: Config, sizes: StudentSizes) -> float:
-    """Bytes: float32 weights and the two moments of what is trained, for each checkpoint kept or being written; the export."""
+    """Bytes of each checkpoint that is kept or being written, and of the export."""
     kept = config.checkpoint.keep_last + 1 + bool(config.data.eval_manifests and config.eval.eval_every)
-    checkpoint = 4.0 * sizes.num_parameters + 8.0 * sizes.num_trained
-    return kept * checkpoint + sizes.num_parameters * EXPORT_BYTES[config.export.dtype]
+    return kept * checkpoint_bytes(config, sizes) + sizes.num_parameters * BYTES[config.export.dtype]
 
 
 def check_disk(examined: Examined) -> Finding | str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 
@@ -92,6 +93,29 @@ def test_state_of_another_run_is_refused() -> None:
     with pytest.raises(ValueError, match="has weights "):
         feed.load_state_dict(mixed(weights={**WEIGHTS, "small": 2}).state_dict())
     assert feed.position == 0
+
+
+@pytest.mark.parametrize(
+    "change", [lambda ids: ids[::-1], lambda ids: [*ids[:-1], "new"]], ids=["order", "one of them"]
+)
+def test_state_of_other_utterances_is_refused(change: Callable[[list[str]], list[str]]) -> None:
+    def feed(names: list[str]) -> ManifestFeed:
+        return ManifestFeed([Utterance(id=i, audio="a.wav") for i in names], EpochSampler(len(names), 3))
+
+    ids = [f"u{i}" for i in range(12)]
+    first, other = feed(ids), feed(change(ids))
+    first.next_batch(5)
+    state = json.loads(json.dumps(first.state_dict()))
+    with pytest.raises(ValueError, match="made with 12 other utterances, or with these in another order"):
+        other.load_state_dict(state)
+    assert other.sampler.position == 0, "nothing is changed by a refused state"
+    with pytest.raises(ValueError, match=r"^source a: the checkpoint was made with 12 other"):
+        MixedFeed({"a": other}, {"a": 1}, 0).load_state_dict(
+            MixedFeed({"a": first}, {"a": 1}, 0).state_dict(),
+        )
+    del state["ids_digest"]  # as older checkpoints are
+    other.load_state_dict(state)
+    assert other.sampler.position == 5
 
 
 @pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf")])

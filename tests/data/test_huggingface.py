@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import soundfile
 
 from data.audio import BadAudio, audio_seconds, load_audio
 from data.huggingface import HuggingFaceRows, parse_name
-from data.index import open_manifest
+from data.import_huggingface import read_huggingface
+from data.index import ids_digest, open_manifest
 from data.manifest import read_manifest, write_manifest
 from data.sound import shown
 from data.stream import StreamFeed
@@ -91,6 +93,7 @@ def test_rows_are_utterances_by_position(stored: dict[str, str], kind: str) -> N
     assert data[-1] == data[NUM - 1]
     assert [u.id for u in data[3:6]] == ["u3", "u4", "u5"]
     assert (data.facts.num_texts, data.facts.languages) == (NUM, [("en", 0), ("nl", 1)])
+    assert ids_digest(data) == ids_digest(list(data))
 
 
 def test_columns_can_be_named_and_rows_have_ids_of_their_own(stored: dict[str, str]) -> None:
@@ -240,6 +243,21 @@ def test_a_stream_names_bad_rows_and_has_ids_by_content(tmp_path: Path) -> None:
     assert sorted(u.id for u in utterances[:3]) == sorted(u.id for u in utterances[3:])
     assert len({u.id for u in utterances}) == 3
     assert all(len(shown(u.audio)) < 100 < len(u.audio) for u in utterances)
+
+
+def test_a_damaged_shard_is_named(stored: dict[str, str], tmp_path: Path) -> None:
+    folder = shutil.copytree(stored["parquet"], tmp_path / "damaged")
+    shard = folder / "train-00001-of-00004.parquet"
+    shard.write_bytes(shard.read_bytes()[:-500])
+    named = rf"cannot be read \({shard}: Could not open Parquet.*: fetch the data set again"
+    with pytest.raises(ValueError, match=rf"{folder}:row \d+ of epoch 1: the stream {named}"):
+        stream({"parquet": str(folder)}).next_batch(NUM)
+    with pytest.raises(
+        ValueError, match=rf"{folder}: is no .* can be read \({shard}: Could not open Parquet.*: check it"
+    ):
+        open_manifest(f"hf:{folder}?split=train")
+    with pytest.raises(ValueError, match=rf"{folder}\[train\]:row 10: {named}"):
+        list(read_huggingface(folder, split="train", audio=None).rows)
 
 
 def test_what_a_name_says() -> None:

@@ -88,6 +88,14 @@ def test_a_compressed_or_damaged_shard_is_an_error(shards: Path, tmp_path: Path)
     write_shard(shards / "000.tar", ("u.flac", flac(1)), mode="w:gz")
     with pytest.raises(ValueError, match=r"000\.tar: is no plain tar file .* unpack a compressed one"):
         import_manifest(shards, tmp_path / "set.jsonl", parse_options({}))
+    write_shard(shards / "000.tar", ("u.flac", flac(1)), ("v.flac", flac(2)))
+    with tarfile.open(shards / "000.tar") as tar:
+        place = tar.getmembers()[1].offset
+    with open(shards / "000.tar", "r+b") as file:
+        file.seek(place)
+        file.write(b"\xff" * 512)
+    with pytest.raises(ValueError, match=rf"000\.tar: is damaged after byte {place}: fetch it again"):
+        import_manifest(shards, tmp_path / "set.jsonl", parse_options({}))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="has no .tar files"):
         import_manifest(tmp_path / "empty", tmp_path / "set.jsonl", parse_options({"format": "webdataset"}))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data.build import MARKER
-from data.index import INDEX_ABOVE_BYTES, IndexedManifest, open_manifest
+from data.index import INDEX_ABOVE_BYTES, IndexedManifest, ids_digest, open_manifest
 from data.manifest import read_manifest
 
 
@@ -46,11 +46,22 @@ def test_any_position_gives_what_the_list_has(tmp_path: Path) -> None:
         indexed[300]
 
 
+def test_an_index_that_was_built_before_there_was_a_digest_is_read(tmp_path: Path) -> None:
+    path = write_varied(tmp_path / "set.jsonl")
+    IndexedManifest(path)
+    (index,) = indexes(tmp_path)
+    facts = json.loads((index / "facts.json").read_text())
+    del facts["ids_digest"]
+    (index / "facts.json").write_text(json.dumps(facts))
+    assert ids_digest(IndexedManifest(path)) is None
+
+
 def test_facts_are_those_of_the_lines(tmp_path: Path) -> None:
     path = write_varied(tmp_path / "set.jsonl")
     whole, indexed = read_manifest(path), IndexedManifest(path)
     facts = indexed.facts
     assert facts.num_utterances == 300
+    assert facts.ids_digest == ids_digest(whole) == ids_digest(indexed) != ids_digest(whole[::-1])
     assert facts.num_texts == sum(u.text is not None for u in whole)
     for language, position in facts.languages:
         assert position == next(i for i, u in enumerate(whole) if u.language == language)

@@ -90,14 +90,55 @@ def test_bad_tar_files(shard: Path, tmp_path: Path) -> None:
     write_tar(tmp_path / "packed.tar", {"u.flac": encoded(1)}, "w:gz")
     with pytest.raises(BadAudio, match=r"is no plain tar file .*: a compressed one cannot be read at a place"):
         load_audio(Utterance(id="u", audio=f"{tmp_path / 'packed.tar'}!u.flac"))
+    with pytest.raises(BadAudio, match="is no plain tar file"):  # as it was found before
+        load_audio(Utterance(id="u", audio=f"{tmp_path / 'packed.tar'}!v.flac"))
     with pytest.raises(BadAudio, match="No such file") as error:
         load_audio(Utterance(id="u", audio=f"{tmp_path / 'none.tar'}!u.flac"))
     assert error.value.kind == "missing_file"
     load_audio(Utterance(id="u", audio=f"{shard}!clips/u4.flac"))
     with open(shard, "r+b") as file:
-        file.truncate(file.read().index(encoded(4)) + 100)
+        file.truncate(file.read().index(encoded(4)) + 50)
     with pytest.raises(BadAudio):
         load_audio(Utterance(id="u", audio=f"{shard}!clips/u4.flac"))
+
+
+def heard(shard: Path, num: int = 5) -> dict[int, str | int]:
+    """Samples of each clip, or why it is none."""
+    found: dict[int, str | int] = {}
+    for index in range(num):
+        try:
+            found[index] = len(load_audio(Utterance(id="u", audio=f"{shard}!clips/u{index}.flac")))
+        except BadAudio as error:
+            found[index] = f"{error.kind}: {error.reason}"
+    return found
+
+
+def offsets(shard: Path) -> list[int]:
+    with tarfile.open(shard) as tar:
+        return [member.offset for member in tar]
+
+
+@pytest.mark.parametrize("damage", ["bad header", "blank header", "cut in a member", "cut in a header", "cut between"])
+def test_of_a_damaged_tar_whole_members_are_heard_and_the_place_is_named(
+    shard: Path, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = offsets(shard)[3]
+    content = bytearray(shard.read_bytes())
+    if "header" in damage and "cut" not in damage:
+        content[place : place + 512] = (b"\xff" if damage == "bad header" else b"\0") * 512
+    else:
+        del content[place + {"cut in a member": 600, "cut in a header": 100, "cut between": 0}[damage] :]
+    shard.write_bytes(content)
+    listed = []
+    monkeypatch.setattr("data.sound._list_members", lambda tar: (listed.append(tar), _list_members(tar))[1])
+    found = heard(shard)
+    assert [found[index] for index in range(3)] == [3_200, 3_201, 3_202]
+    for index in (3, 4):
+        assert f"is damaged after byte {place}; 'clips/u{index}.flac' is not before it: fetch it" in str(found[index])
+        assert not str(found[index]).startswith("missing_file")
+    _members.cache_clear()  # as in another process
+    assert heard(shard) == found
+    assert len(listed) == 1
 
 
 def test_a_tar_is_listed_once_and_anew_when_it_changes(

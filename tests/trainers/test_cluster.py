@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 
 import pytest
 from main_job import ROOT, environment
+
+from trainers.cluster import check_head
 
 SCRIPT = """
 import json, sys
@@ -80,3 +83,22 @@ def test_fewer_nodes_than_asked_for_are_shared_and_small_ones_are_left_out(found
     assert sorted(set(found["fewer nodes"])) == ["127.0.0.2", "127.0.0.3"]
     assert len(found["fewer nodes"]) == 3
     assert found["too large"] == []
+
+
+def test_a_head_that_takes_connections_and_never_answers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(ValueError, match=f"RAY_ADDRESS={address}: Ray could not be joined within 4 s: its control"):
+            check_head(4.0)
+
+
+def test_an_address_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere")
+    with pytest.raises(ValueError, match="RAY_ADDRESS=nowhere: Ray cannot be joined: "):
+        check_head(60.0)
+
+
+def test_without_an_address_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    check_head(0.0)
