@@ -219,9 +219,10 @@ class Run:
         metrics = opd_metrics(sums, rollout.sums, len(batch), scored.coverage)
         metrics |= {"rollout/staleness": scored.staleness, "time/data": rollout.waited_s}
         metrics["teacher/halved"] = self.teacher.counts["halved"]
+        metrics["teacher/bad_audio"] = len(self.teacher.bad_audio)
         if self.gate is not None:
             metrics["gate/left_out_share"] = self.gate.num_left_out / max(1, self.gate.num_checked)
-        bad_ids = self.bad_audio.note(step, rollout.bad, len(batch))
+        bad_ids = self.bad_audio.note(step, rollout.bad + self.teacher.bad_audio, len(batch))
         pairs = zip(batch, rollout.texts, strict=True)
         known = [(u, text) for u, text in pairs if u.text is not None and u.id not in bad_ids]
         if known and self.config.rollout.source == "student":

@@ -42,13 +42,15 @@ class TeacherGroup:
     """Teacher workers that share the micro-batches of a step among them; with routes, each utterance goes to its own.
 
     counts are those of the last scores that were waited for, over all teachers: positions (written), aligned, responses, retokenised,
-    and micro-batches that were halved for want of memory.
+    and micro-batches that were halved for want of memory. bad_audio has (utterance id, path, reason) of what the teachers could
+    not read in them, and the student could.
     """
 
     def __init__(self, config: Config, student_path: str) -> None:
         self.config = config
         self.router = Router(config)
         self.counts = dict(NO_COUNTS)
+        self.bad_audio: list[tuple[str, str, str]] = []
         self._busy_s = 0.0
         self.pools: dict[str, list[Any]] = {}
         self._ready: dict[str, list[Any]] = {}
@@ -135,7 +137,7 @@ class TeacherGroup:
 
     def coverage(self, counts: dict[str, list[Any]], step: int) -> float:
         """Waits for all scores of a step; adds up their counts (see `PendingScores.wait`)."""
-        self.counts = dict(NO_COUNTS)
+        self.counts, self.bad_audio = dict(NO_COUNTS), []
         busy_s = 0.0
         for name, refs in counts.items():
             names = self._names(name)
@@ -150,6 +152,7 @@ class TeacherGroup:
                 worked[turn] += part["busy_s"]
             busy_s = max(busy_s, *worked.values())
             totals = {key: sum(part[key] for part in done) for key in NO_COUNTS}
+            self.bad_audio += [one for part in done for one in part["bad_audio"]]
             coverage = totals["aligned"] / max(1, totals["positions"])
             limit = self.router.teachers[name].min_coverage
             if totals["positions"] and coverage < limit:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from data.audio import BadAudio
 from data.collate import Collator
 from opd.arkasr import ArkasrConfig, load_processor
 from opd.cpu_linear import use_faster_linears
@@ -43,7 +45,7 @@ class CausalTeacher(ABC):
         self.tokenizer = self.processor.tokenizer
         self.output = OutputLayer(self.model)
         self.taken = set(inspect.signature(self.model.forward).parameters)
-        # The policy for bad audio is the student's: what it could not read comes here as an empty row.
+        # What the student could not read comes here as an empty row; `_heard` says what becomes of the rest.
         self.collator = Collator(max_seconds=config["data"]["max_seconds"], on_bad_audio="skip")
 
         student = load_processor(student_path).tokenizer
@@ -93,14 +95,19 @@ class CausalTeacher(ABC):
         return self.score_and_count(utterances, rollout)[0]
 
     @torch.no_grad()
-    def score_and_count(self, utterances: Batch, rollout: Inputs) -> tuple[Inputs, dict[str, int]]:
-        """`score`, and counts: positions (written), aligned, responses, retokenised (responses that did not map)."""
-        written = Rollout.from_dict(rollout)
+    def score_and_count(self, utterances: Batch, rollout: Inputs) -> tuple[Inputs, dict[str, Any]]:
+        """`score`, and counts: positions (written), aligned, responses, retokenised (responses that did not map).
+
+        `bad_audio` among them lists (utterance id, path, reason) of what the teacher could not read and the student could:
+        no position of it is aligned or counted. Raises ValueError for the first one with data.on_bad_audio=stop.
+        """
+        waveforms, errors = self.collator.collate(utterances)
+        written, bad = self._heard(utterances, Rollout.from_dict(rollout), errors)
         mapped = self.mapper.map_rollout(written)
         aligned_BT = mapped.position_BT >= 0
         candidates_BTC = candidate_ids(written.topk_ids_BTK, written.response_ids_BT, self.student_eos_id)
         dense: Inputs = {"aligned_mask_BT": aligned_BT}
-        for rows, inputs in self.prompts(utterances):
+        for rows, inputs in self.prompts_of(utterances, waveforms):
             in_group_BT = torch.zeros_like(aligned_BT)
             in_group_BT[rows] = aligned_BT[rows]
             states_BLD, to_logits = self._response_states(inputs, mapped, rows)
@@ -113,8 +120,22 @@ class CausalTeacher(ABC):
             "aligned": int(aligned_BT.sum()),
             "responses": int(written.response_mask_BT.any(1).sum()),
             "retokenised": mapped.num_retokenised,
+            "bad_audio": [(error.utterance_id, error.path, error.reason) for error in bad],
         }
         return TeacherScore.from_dict(dense).to_dict(), counts
+
+    def _heard(self, utterances: Batch, written: Rollout, errors: list[BadAudio]) -> tuple[Rollout, list[BadAudio]]:
+        """The rollout without the responses to audio that could not be read here, and the errors that the student did not meet."""
+        known = {u.id for u, is_bad in zip(utterances, written.bad_audio_B.tolist(), strict=True) if is_bad}
+        bad = [error for error in errors if error.utterance_id not in known]
+        if bad and self.config["data"]["on_bad_audio"] == "stop":
+            raise ValueError(
+                f"the teacher {self.section['path']} cannot hear what the student heard: {bad[0]}; the teacher's node needs "
+                "the same files at the same paths; or set data.on_bad_audio=skip to leave such utterances out"
+            )
+        lost = {error.utterance_id for error in bad}
+        heard_B = torch.tensor([utterance.id not in lost for utterance in utterances])
+        return replace(written, response_mask_BT=written.response_mask_BT & heard_B[:, None]), bad
 
     def _response_states(
         self, inputs: Inputs, mapped: MappedRollout, rows: list[int]
