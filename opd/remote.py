@@ -1,4 +1,4 @@
-"""Waiting for remote calls: always with a limit, and with an error that says what was waited for, and who failed."""
+"""Waiting for remote calls and for room: always with a limit, and with an error that says what was waited for, and who failed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from opd.object_store import ADVICE, FULL_ERRORS, StoreFull, full_error, high_use, stuck_stores
 from opd.survival import WorkerDied, WorkerHung
@@ -56,6 +57,19 @@ def wait(refs: Any, what: str, timeout_s: float, names: Sequence[str] = ()) -> A
     except RayError as error:  # a dead actor, a dead node, an object that was lost with its node
         dead = _state(several, called, SETTLE_S)[0] or ["a worker"]
         raise WorkerDied(f"{_listed(dead)} died during {what}: {_short(error)}") from error
+
+
+def wait_for_placement(groups: list[PlacementGroup], what: str, bundle: dict[str, float], timeout_s: float) -> None:
+    """Waits until Ray has set the resources aside. Raises TimeoutError that says what was waited for."""
+    deadline = time.monotonic() + timeout_s
+    for group in groups:
+        if not group.wait(max(0.1, deadline - time.monotonic())):
+            for other in groups:
+                remove_placement_group(other)
+            raise TimeoutError(
+                f"waited {timeout_s:g} s for Ray to place {what} ({bundle} each); "
+                f"free now: {ray.available_resources()}; raise cluster.placement_timeout_s or free resources"
+            )
 
 
 def _of_a_call(error: RayTaskError, refs: list[Any], names: list[str], what: str) -> Exception:

@@ -8,9 +8,11 @@ from itertools import count
 from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from opd.config import PROJECT_ROOT
-from opd.remote import wait
+from opd.remote import wait, wait_for_placement
 from opd.resolve import resolve_model
 from opd.schema import Config, TeacherConfig
 from opd.teachers.environment import interpreter
@@ -41,6 +43,8 @@ class PendingScores:
 class TeacherGroup:
     """Teacher workers that share the micro-batches of a step among them; with routes, each utterance goes to its own.
 
+    Raises TimeoutError where the cluster has no room for them within cluster.placement_timeout_s.
+
     counts are those of the last scores that were waited for, over all teachers: positions (written), aligned, responses, retokenised,
     and micro-batches that were halved for want of memory. bad_audio has (utterance id, path, reason) of what the teachers could
     not read in them, and the student could.
@@ -55,15 +59,38 @@ class TeacherGroup:
         self.pools: dict[str, list[Any]] = {}
         self._ready: dict[str, list[Any]] = {}
         self._facts: dict[str, list[dict[str, Any]]] = {}
+        self._groups = self._place()
         for name, teacher in self.router.teachers.items():
             key = f"teacher.routes.{name}.path" if name else "teacher.path"
             settings = config.to_dict()
             settings["teacher"] |= vars(teacher) | {"path": resolve_model(key, str(teacher.path))}
-            actor = ray.remote(TeacherWorker).options(**self._options(teacher))
-            num_workers = config.teacher.routes[name].get("num_workers") if name else None
-            workers = [actor.remote() for _ in range(num_workers or config.cluster.num_teachers)]
+            actor, options = ray.remote(TeacherWorker), self._options(teacher)
+            places = [self._place_of(name, index) for index in range(self._num_workers(name))]
+            workers = [actor.options(**options, **place).remote() for place in places]
             self.pools[name] = workers
             self._ready[name] = [worker.load.remote(settings, student_path) for worker in workers]
+
+    def _num_workers(self, route: str) -> int:
+        own = self.config.teacher.routes[route].get("num_workers") if route else None
+        return own or self.config.cluster.num_teachers
+
+    def _place(self) -> dict[str, PlacementGroup]:
+        """What Ray sets aside for each teacher's workers; none where they take nothing."""
+        cluster = self.config.cluster
+        amounts = {"CPU": cluster.cpus_per_teacher, "GPU": cluster.gpus_per_teacher if cluster.use_gpu else 0.0}
+        bundle = {kind: amount for kind, amount in amounts.items() if amount}
+        if not bundle:
+            return {}
+        counts = {name: self._num_workers(name) for name in self.router.teachers}
+        groups = {name: placement_group([dict(bundle)] * count) for name, count in counts.items()}
+        what = f"{sum(counts.values())} teacher workers"
+        wait_for_placement(list(groups.values()), what, bundle, cluster.placement_timeout_s)
+        return groups
+
+    def _place_of(self, route: str, index: int) -> dict[str, Any]:
+        """Options of an actor for the place of a worker."""
+        group = self._groups.get(route)
+        return {} if group is None else {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, index)}
 
     def _options(self, teacher: TeacherConfig) -> dict[str, Any]:
         cluster = self.config.cluster
@@ -207,4 +234,6 @@ class TeacherGroup:
         for pool in self.pools.values():
             for worker in pool:
                 ray.kill(worker)
-        self.pools = {}
+        for group in self._groups.values():
+            remove_placement_group(group)
+        self.pools, self._groups = {}, {}
