@@ -16,6 +16,7 @@ import torch
 
 from data.audio import BadAudio
 from data.collate import Collator
+from data.timed import within
 from opd.arkasr import ArkasrConfig, load_processor
 from opd.cpu_linear import use_faster_linears
 from opd.rollout.decode import decode
@@ -86,7 +87,12 @@ class CausalTeacher(ABC):
 
     def prompts(self, utterances: Batch) -> list[tuple[list[int], Inputs]]:
         """`prompts_of` utterances whose audio is still to be read; what cannot be read is heard as silence."""
-        return self.prompts_of(utterances, self.collator.collate(utterances)[0])
+        return self.prompts_of(utterances, self.read(utterances)[0])
+
+    def read(self, utterances: Batch) -> tuple[list[np.ndarray], list[BadAudio]]:
+        """What the collator reads. Raises ValueError, with the file, where it takes longer than data.read_timeout_s."""
+        limit_s = self.config["data"]["read_timeout_s"]
+        return within(limit_s, lambda: self.collator.collate(utterances), self.collator.reading)
 
     # -- scoring -----------------------------------------------------------------------------------------------------
 
@@ -101,7 +107,7 @@ class CausalTeacher(ABC):
         `bad_audio` among them lists (utterance id, path, reason) of what the teacher could not read and the student could:
         no position of it is aligned or counted. Raises ValueError for the first one with data.on_bad_audio=stop.
         """
-        waveforms, errors = self.collator.collate(utterances)
+        waveforms, errors = self.read(utterances)
         written, bad = self._heard(utterances, Rollout.from_dict(rollout), errors)
         mapped = self.mapper.map_rollout(written)
         aligned_BT = mapped.position_BT >= 0
@@ -205,7 +211,7 @@ class CausalTeacher(ABC):
     def transcribe(self, utterances: Batch) -> list[TeacherTranscript]:
         """Greedy transcripts, cleaned of control tokens, in order."""
         transcripts: dict[int, TeacherTranscript] = {}
-        waveforms, errors = self.collator.collate(utterances)
+        waveforms, errors = self.read(utterances)
         bad = {error.utterance_id: error.reason for error in errors}
         for rows, inputs in self.prompts_of(utterances, waveforms):
             rollout = decode(

@@ -238,6 +238,18 @@ def test_audio_that_only_the_teacher_lacks_is_no_silence(
     torch.testing.assert_close(score["entropy_BT"][1:, :2], alone["entropy_BT"][:, :2], rtol=0, atol=1e-4)
 
 
+def test_audio_that_blocks_the_teacher_is_named(
+    make_config: Callable, student: Any, utterances: Batch, pipe: Path
+) -> None:
+    config = make_config("arkasr")
+    teacher = make_teacher(config | {"data": config["data"] | {"read_timeout_s": 0.5}}, str(STUDENT))
+    batch = [utterances[0], replace(utterances[1], audio=str(pipe))]
+    rollout = make_rollout(student, [[student.eos_token_id]] * 2).to_dict()
+    for call in (lambda: teacher.transcribe(batch), lambda: teacher.score(batch, rollout)):
+        with pytest.raises(ValueError, match=rf"read_timeout_s=0\.5 s: {re.escape(utterances[1].id)} \(.*pipe\.wav\)"):
+            call()
+
+
 @pytest.mark.parametrize("kind", ["hf", pytest.param("qwen3_asr", marks=pytest.mark.teacher_env)])
 def test_a_permuted_vocabulary_gives_the_same_loss_and_gradient(
     kind: str, make_config: Callable, student: Any, utterances: Batch, tmp_path: Path
