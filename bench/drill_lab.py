@@ -95,6 +95,10 @@ class Lab:
     def newest_checkpoint(self) -> int:
         return max((int(p.parent.name[5:]) for p in self.run_dir.glob("checkpoints/step-*/COMPLETE")), default=0)
 
+    def is_saving(self) -> bool:
+        """Whether a checkpoint is being written, or was when the driver was killed."""
+        return any(self.run_dir.glob("checkpoints/.tmp-step-*"))
+
     def is_reference(self, reference: str = "unbroken") -> bool:
         """Whether the weights are those of another drill's run."""
         ours = load_file(self.run_dir / "export" / "model.safetensors")

@@ -34,6 +34,8 @@ from bench.drill_lab import (
 )
 from data.manifest import read_manifest, write_manifest
 
+KILLS, STEPS_BETWEEN_KILLS = 10, 6  # of the drill with a checkpoint after every step
+
 
 def unbroken(lab: Lab) -> Outcome:
     began = time.monotonic()
@@ -83,23 +85,37 @@ def asked_to_stop(lab: Lab) -> Outcome:
 
 
 def killed_while_saving(lab: Lab) -> Outcome:
-    """With a checkpoint after every step the driver is killed at ten random moments, and started again each time."""
-    moments, lost = random.Random(0), 0
+    """With a checkpoint after every step the driver is killed ten times, and started again each time.
+
+    Each time it is a random moment after a new checkpoint; every other time it is then waited until a checkpoint is being
+    written. Compared with a run of as many steps that nothing happened to.
+    """
+    title, steps = lab.name, f"train.num_steps={KILLS * STEPS_BETWEEN_KILLS}"
+    lab.name = f"{title}-unbroken"
+    lab.again(steps)
+    lab.name = title
+    moments, lost, in_a_save = random.Random(0), 0, 0
     seconds = []
-    for _ in range(10):
+    for kill in range(KILLS):
         began, newest = time.monotonic(), lab.newest_checkpoint()
-        process = lab.start("checkpoint.checkpoint_every=1")
+        process = lab.start(steps, "checkpoint.checkpoint_every=1")
         while process.poll() is None and lab.newest_checkpoint() <= newest and time.monotonic() < began + LIMIT_S:
             time.sleep(0.02)
         seconds.append(time.monotonic() - began)
         time.sleep(moments.uniform(0.0, 0.6))
+        while kill % 2 and process.poll() is None and not lab.is_saving() and time.monotonic() < began + LIMIT_S:
+            time.sleep(0.002)
+        assert process.poll() is None, f"the run ended before it was killed {KILLS} times: give it more steps"
         process.kill()
         process.wait()
+        in_a_save += lab.is_saving()  # what the killed driver left unfinished
         lost = max(lost, lab.last_step() - lab.newest_checkpoint())
-        if (lab.run_dir / "summary.json").exists():
-            break
-    lab.again("checkpoint.checkpoint_every=1")
-    return Outcome("the next start goes on from a complete checkpoint", max(seconds), lost, lab.is_reference())
+    assert in_a_save, "no kill was in the middle of a save"
+    lab.again(steps, "checkpoint.checkpoint_every=1")
+    sees = (
+        f"the next start goes on from a complete checkpoint; {in_a_save} of {KILLS} kills were in the middle of a save"
+    )
+    return Outcome(sees, max(seconds), lost, lab.is_reference(f"{title}-unbroken"))
 
 
 def damaged(lab: Lab, damage: Callable[[Path], None]) -> Outcome:

@@ -28,7 +28,8 @@ class Batches:
         self, config: Config, feed: Feed, gate: TeacherGate | None, prefetch: Callable[[Batch], None], log: BatchLog
     ) -> None:
         self.config, self.feed, self.gate, self.prefetch, self.log = config, feed, gate, prefetch, log
-        self._spread = LengthSpread(config.num_ranks) if config.data.group_by_length else list
+        spread = LengthSpread(config.num_ranks, config.data.read_timeout_s)
+        self._spread = spread if config.data.group_by_length else list
         self._passed: tuple[dict[str, Any], Batch] | None = None  # the next batch and the place before it, with a gate
         self._before = feed.state_dict()  # the place before the batch that was handed out last
 

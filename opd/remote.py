@@ -1,4 +1,4 @@
-"""Waiting for remote calls: always with a limit, and with an error that says what was waited for, and who failed."""
+"""Waiting for remote calls and for room: always with a limit, and with an error that says what was waited for, and who failed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from opd.object_store import ADVICE, FULL_ERRORS, StoreFull, full_error, high_use, stuck_stores
 from opd.survival import WorkerDied, WorkerHung
@@ -43,32 +44,55 @@ def wait(refs: Any, what: str, timeout_s: float, names: Sequence[str] = ()) -> A
     called = list(names) if len(names) == len(several) else ["a worker"] * len(several)
     try:
         return _get(refs, what, timeout_s)
+    except RayTaskError as error:  # first: Ray raises it as its cause's type as well
+        raise _of_a_call(error, several, called, what) from error
     except GetTimeoutError as error:
         silent = _listed(_state(several, called, 0.0)[1])
         used = "".join(f"; of the object store is used {use}" for use in high_use().values())
         raise WorkerHung(
             f"waited {timeout_s:g} s for {what}; no answer from {silent}; the limits are cluster.*_timeout_s{used}"
         ) from error
-    except RayTaskError as error:
-        cause = error.cause if isinstance(error.cause, BaseException) else error
-        if isinstance(cause, FULL_ERRORS):
-            node = re.search(r"ip=([^,)\s]+)", str(error))  # Ray has it nowhere else by now
-            raise full_error(what, f"node {node[1]}" if node else "a worker's node", cause) from error
-        if isinstance(cause, ValueError):
-            raise ValueError(str(cause)) from error
-        kind = type(cause).__name__
-        if _is_of_a_collective(kind, cause) and len(several) > 1:
-            dead, silent_names = _state(several, called, SETTLE_S)
-            if dead:
-                raise WorkerDied(f"{_listed(dead)} died during {what}") from error
-            if silent_names:
-                raise WorkerHung(f"{_listed(silent_names)} hung during {what} ({kind}: {_short(cause)})") from error
-        raise WorkerError(f"{what} failed: {kind}: {cause}", kind) from error
     except FULL_ERRORS as error:
         raise full_error(what, "the driver's node", error) from error
     except RayError as error:  # a dead actor, a dead node, an object that was lost with its node
         dead = _state(several, called, SETTLE_S)[0] or ["a worker"]
         raise WorkerDied(f"{_listed(dead)} died during {what}: {_short(error)}") from error
+
+
+def wait_for_placement(groups: list[PlacementGroup], what: str, bundle: dict[str, float], timeout_s: float) -> None:
+    """Waits until Ray has set the resources aside. Raises TimeoutError that says what was waited for."""
+    deadline = time.monotonic() + timeout_s
+    for group in groups:
+        if not group.wait(max(0.1, deadline - time.monotonic())):
+            for other in groups:
+                remove_placement_group(other)
+            raise TimeoutError(
+                f"waited {timeout_s:g} s for Ray to place {what} ({bundle} each); "
+                f"free now: {ray.available_resources()}; raise cluster.placement_timeout_s or free resources"
+            )
+
+
+def _of_a_call(error: RayTaskError, refs: list[Any], names: list[str], what: str) -> Exception:
+    """What `wait` raises where a worker raised an error in a call."""
+    cause = error.cause if isinstance(error.cause, BaseException) else error
+    kind = type(cause).__name__
+    if isinstance(cause, FULL_ERRORS):
+        node = re.search(r"ip=([^,)\s]+)", str(error))  # Ray has it nowhere else by now
+        return full_error(what, f"node {node[1]}" if node else "a worker's node", cause)
+    if isinstance(cause, ValueError):
+        return ValueError(str(cause))
+    if isinstance(cause, RayError) and not isinstance(cause, RayTaskError):
+        # The worker is well: what it was to work on was with another one (a rank holds the rollouts that it wrote).
+        dead = _state(refs, names, SETTLE_S)[0]
+        who = f"{_listed(dead)} died" if dead else "a worker that held what others need was lost"
+        return WorkerDied(f"{who} during {what}: {kind}: {_short(cause)}")
+    if _is_of_a_collective(kind, cause) and len(refs) > 1:
+        dead, silent = _state(refs, names, SETTLE_S)
+        if dead:
+            return WorkerDied(f"{_listed(dead)} died during {what}")
+        if silent:
+            return WorkerHung(f"{_listed(silent)} hung during {what} ({kind}: {_short(cause)})")
+    return WorkerError(f"{what} failed: {kind}: {cause}", kind)
 
 
 def _get(refs: Any, what: str, timeout_s: float) -> Any:
@@ -78,6 +102,8 @@ def _get(refs: Any, what: str, timeout_s: float) -> Any:
         left = deadline - time.monotonic()
         try:
             return ray.get(refs, timeout=min(max(left, 0.0), LOOK_S, timeout_s / 3))
+        except RayTaskError:  # may be a GetTimeoutError too, a worker's
+            raise
         except GetTimeoutError:
             if time.monotonic() >= deadline:
                 raise
@@ -94,8 +120,9 @@ def _state(refs: list[Any], names: list[str], settle_s: float) -> tuple[list[str
         if ref in ready:
             try:
                 ray.get(ref, timeout=settle_s)
-            except RayActorError:
-                dead.append(name)
+            except RayActorError as error:
+                if not isinstance(error, RayTaskError):  # else it was raised in a worker, of another one
+                    dead.append(name)
             except Exception:  # what else went wrong is told by the first error
                 pass
     return dead, [name for ref, name in zip(refs, names, strict=True) if ref not in ready]

@@ -88,8 +88,9 @@ class Run:
         if config.stage == "td":
             assert self.router is not None, "stage td has teachers"
             self.teacher_data = TeacherData(
-                self.dir.path / "td", config.td, self.router.path_of, config.eval.normaliser, config.data.max_bad_share
-            )
+                self.dir.path / "td", config.td, self.router.path_of, config.eval.normaliser, config.data.max_bad_share,
+                config.data.read_timeout_s,
+            )  # fmt: skip
             self.teacher_data.check_settings(portable(transcript_settings(config)))
             if self.teacher_data.is_complete():
                 self.data.use(open_manifest(self.teacher_data.manifest, require_text=True))
@@ -220,7 +221,7 @@ class Run:
         metrics |= self.teacher.metrics()
         if self.gate is not None:
             metrics["gate/left_out_share"] = self.gate.num_left_out / max(1, self.gate.num_checked)
-        bad_ids = self.bad_audio.note(step, rollout.bad, len(batch))
+        bad_ids = self.bad_audio.note(step, rollout.bad + self.teacher.bad_audio, len(batch))
         pairs = zip(batch, rollout.texts, strict=True)
         known = [(u, text) for u, text in pairs if u.text is not None and u.id not in bad_ids]
         if known and self.config.rollout.source == "student":

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from data.manifest import write_manifest
+from data.timed import seconds_within
 from opd.bad_audio import LEAST_SEEN
 from opd.checkpoint import atomic_write_text
 from opd.evaluate import utterance_errors
@@ -43,13 +44,18 @@ class TeacherData:
         source_of: Callable[[Utterance], str],
         normaliser: str = "auto",
         max_bad_share: float = 1.0,
+        read_timeout_s: float = 120.0,
     ) -> None:
-        """source_of: which teacher wrote an utterance's text; it goes into its line. max_bad_share: of bad audio."""
+        """source_of: which teacher wrote an utterance's text; it goes into its line. max_bad_share: of bad audio.
+
+        read_timeout_s: longest wait for the header of a file whose `duration` the manifest does not have.
+        """
         self.folder = folder
         self.config = config
         self.source_of = source_of
         self.normaliser = normaliser
         self.max_bad_share = max_bad_share
+        self.read_timeout_s = read_timeout_s
         self.manifest = folder / "manifest.jsonl"
         self._transcripts = folder / "transcripts.jsonl"
         self._counts = folder / "counts.json"
@@ -179,7 +185,7 @@ class TeacherData:
             return "looped"
         if transcript.avg_logprob < config.min_avg_logprob:
             return "low_logprob"
-        rate = len(transcript.text) / max(_seconds(utterance), 1e-3)
+        rate = len(transcript.text) / max(self._seconds(utterance), 1e-3)
         if rate > config.max_chars_per_second:
             return "too_fast"
         if rate < config.min_chars_per_second:
@@ -190,6 +196,9 @@ class TeacherData:
             if errors.wer_errors > config.max_wer * max(1, errors.ref_words):
                 return "wrong"
         return None
+
+    def _seconds(self, utterance: Utterance) -> float:
+        return float(utterance.extra.get("duration") or seconds_within(self.read_timeout_s, utterance))
 
     def _list_bad_audio(self, utterances: Sequence[Utterance], transcripts: dict[str, TeacherTranscript]) -> None:
         bad = [(u, transcripts[u.id].error) for u in utterances if transcripts[u.id].error is not None]
@@ -239,9 +248,3 @@ def transcript_settings(config: Config) -> dict[str, Any]:
         if name:
             settings[f"{where}.match"] = config.teacher.routes[name].get("match")
     return settings
-
-
-def _seconds(utterance: Utterance) -> float:
-    from data.audio import audio_seconds
-
-    return float(utterance.extra.get("duration") or audio_seconds(utterance))

@@ -11,7 +11,8 @@ from data.feed import Feed, ManifestFeed, MixedFeed, source_seed
 from data.index import IndexedManifest, facts_of, open_manifest
 from data.sampler import EpochSampler
 from data.sound import is_stream
-from opd.schema import Config
+from data.timed import seconds_within
+from opd.schema import Config, DataConfig
 from opd.teachers.routing import Router
 from opd.types import Batch, Utterance
 
@@ -100,7 +101,7 @@ class TrainingData:
 
     def _feed(self) -> Feed:
         feeds: dict[str, Feed] = {
-            name: _manifest_feed(utterances, self._seed(name), self.config.data.sorted_epochs)
+            name: _manifest_feed(utterances, self._seed(name), self.config.data)
             for name, utterances in self.sources.items()
         }
         feeds |= self._streams
@@ -117,19 +118,19 @@ def _open_stream(name: str, seed: int, require_text: bool, default_language: str
     return StreamFeed(name, seed, require_text=require_text, default_language=default_language)
 
 
-def _manifest_feed(utterances: Sequence[Utterance], seed: int, sorted_epochs: int = 0) -> ManifestFeed:
-    keys = _seconds(utterances) if sorted_epochs else None
-    return ManifestFeed(utterances, EpochSampler(len(utterances), seed, sort_keys=keys, sorted_epochs=sorted_epochs))
+def _manifest_feed(utterances: Sequence[Utterance], seed: int, data: DataConfig) -> ManifestFeed:
+    keys = _seconds(utterances, data.read_timeout_s) if data.sorted_epochs else None
+    return ManifestFeed(
+        utterances, EpochSampler(len(utterances), seed, sort_keys=keys, sorted_epochs=data.sorted_epochs)
+    )
 
 
-def _seconds(utterances: Sequence[Utterance]) -> Sequence[float] | np.ndarray:
-    """Length of each utterance: its `duration`, else what the header of its file says."""
-    from data.audio import audio_seconds
-
+def _seconds(utterances: Sequence[Utterance], timeout_s: float) -> Sequence[float] | np.ndarray:
+    """Length of each utterance: its `duration`, else what the header of its file says, read within timeout_s."""
     if not isinstance(utterances, IndexedManifest):
-        return [float(u.extra.get("duration") or audio_seconds(u)) for u in utterances]
+        return [float(u.extra.get("duration") or seconds_within(timeout_s, u)) for u in utterances]
     known = utterances.seconds()
     seconds = np.full(len(utterances), np.nan, np.float32) if known is None else np.array(known)
     for position in np.flatnonzero(np.isnan(seconds)).tolist():
-        seconds[position] = audio_seconds(utterances[position])
+        seconds[position] = seconds_within(timeout_s, utterances[position])
     return seconds

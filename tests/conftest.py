@@ -46,6 +46,17 @@ def speech(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"train": train, "unlabelled": unlabelled, "eval": evaluation}
 
 
+@pytest.fixture
+def pipe(tmp_path: Path) -> Iterator[Path]:
+    """A pipe that nobody writes to: opening it waits, as a dead network disk waits for its server."""
+    path = tmp_path / "pipe.wav"
+    os.mkfifo(path)
+    yield path
+    both_ends = os.open(path, os.O_RDWR)  # whoever waits goes on; until then soundfile opens no other file either
+    path.unlink()
+    os.close(both_ends)
+
+
 @pytest.fixture(scope="session")
 def waveforms(speech: dict[str, Path]) -> list[np.ndarray]:
     """Six spoken digit strings of different lengths, 16 kHz."""

@@ -17,6 +17,7 @@ from verl.single_controller.ray import RayResourcePool
 from verl.single_controller.ray.base import sort_placement_group_by_node_ip
 
 from opd.object_store import ADVICE
+from opd.remote import wait_for_placement
 from opd.schema import ClusterConfig
 from trainers.env import verl_env
 
@@ -215,19 +216,6 @@ def check_interface(cluster: ClusterConfig) -> None:
             f"cluster.network_interface={name}: node {ray.util.get_node_ip_address()} has no such interface; it has "
             f"{', '.join(known)}"
         )
-
-
-def wait_for_placement(groups: list[PlacementGroup], what: str, bundle: dict[str, float], timeout_s: float) -> None:
-    """Waits until Ray has set the resources aside. Raises TimeoutError that says what was waited for."""
-    deadline = time.monotonic() + timeout_s
-    for group in groups:
-        if not group.wait(max(0.1, deadline - time.monotonic())):
-            for other in groups:
-                remove_placement_group(other)
-            raise TimeoutError(
-                f"waited {timeout_s:g} s for Ray to place {what} ({bundle} each); "
-                f"free now: {ray.available_resources()}; raise cluster.placement_timeout_s or free resources"
-            )
 
 
 @ray.remote(num_cpus=0)

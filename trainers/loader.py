@@ -10,6 +10,7 @@ import torch
 
 from data.audio import BadAudio
 from data.collate import Collator
+from data.timed import result_within
 from opd.types import Batch
 
 Prompts = tuple[dict[str, torch.Tensor], list[BadAudio]]
@@ -43,13 +44,7 @@ class PromptLoader:
         """The prompts of a shard, left-padded. Raises BadAudio where the policy is to stop, and ValueError after `timeout_s`."""
         began = time.perf_counter()
         pending = self._pending.pop(_key(shard), None) or self._makers.submit(self._make, shard)
-        try:
-            prompts = pending.result(self.timeout_s)
-        except TimeoutError as error:
-            raise ValueError(
-                f"audio was not read within data.read_timeout_s={self.timeout_s:g} s: {', '.join(self.collator.reading())}; "
-                "look at the storage that it is on"
-            ) from error
+        prompts = result_within(self.timeout_s, pending, self.collator.reading)
         self._waited_s += time.perf_counter() - began
         return prompts
 

@@ -8,9 +8,11 @@ from itertools import count
 from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from opd.config import PROJECT_ROOT
-from opd.remote import wait
+from opd.remote import wait, wait_for_placement
 from opd.schema import Config, TeacherConfig
 from opd.teachers.environment import interpreter
 from opd.teachers.routing import Router
@@ -41,27 +43,53 @@ class TeacherGroup:
     """Teacher workers that share the micro-batches of a step among them; with routes, each utterance goes to its own.
 
     The config's paths are absolute (`opd.resolve`).
+    Raises TimeoutError where the cluster has no room for them within cluster.placement_timeout_s.
 
     counts are those of the last scores that were waited for, over all teachers: positions (written), aligned, responses, retokenised,
-    and micro-batches that were halved for want of memory.
+    and micro-batches that were halved for want of memory. bad_audio has (utterance id, path, reason) of what the teachers could
+    not read in them, and the student could.
     """
 
     def __init__(self, config: Config, student_path: str) -> None:
         self.config = config
         self.router = Router(config)
         self.counts = dict(NO_COUNTS)
+        self.bad_audio: list[tuple[str, str, str]] = []
         self._busy_s = 0.0
         self.pools: dict[str, list[Any]] = {}
         self._ready: dict[str, list[Any]] = {}
         self._facts: dict[str, list[dict[str, Any]]] = {}
+        self._groups = self._place()
         for name, teacher in self.router.teachers.items():
             settings = config.to_dict()
             settings["teacher"] |= vars(teacher)
-            actor = ray.remote(TeacherWorker).options(**self._options(teacher))
-            num_workers = config.teacher.routes[name].get("num_workers") if name else None
-            workers = [actor.remote() for _ in range(num_workers or config.cluster.num_teachers)]
+            actor, options = ray.remote(TeacherWorker), self._options(teacher)
+            places = [self._place_of(name, index) for index in range(self._num_workers(name))]
+            workers = [actor.options(**options, **place).remote() for place in places]
             self.pools[name] = workers
             self._ready[name] = [worker.load.remote(settings, student_path) for worker in workers]
+
+    def _num_workers(self, route: str) -> int:
+        own = self.config.teacher.routes[route].get("num_workers") if route else None
+        return own or self.config.cluster.num_teachers
+
+    def _place(self) -> dict[str, PlacementGroup]:
+        """What Ray sets aside for each teacher's workers; none where they take nothing."""
+        cluster = self.config.cluster
+        amounts = {"CPU": cluster.cpus_per_teacher, "GPU": cluster.gpus_per_teacher if cluster.use_gpu else 0.0}
+        bundle = {kind: amount for kind, amount in amounts.items() if amount}
+        if not bundle:
+            return {}
+        counts = {name: self._num_workers(name) for name in self.router.teachers}
+        groups = {name: placement_group([dict(bundle)] * count) for name, count in counts.items()}
+        what = f"{sum(counts.values())} teacher workers"
+        wait_for_placement(list(groups.values()), what, bundle, cluster.placement_timeout_s)
+        return groups
+
+    def _place_of(self, route: str, index: int) -> dict[str, Any]:
+        """Options of an actor for the place of a worker."""
+        group = self._groups.get(route)
+        return {} if group is None else {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, index)}
 
     def _options(self, teacher: TeacherConfig) -> dict[str, Any]:
         cluster = self.config.cluster
@@ -135,7 +163,7 @@ class TeacherGroup:
 
     def coverage(self, counts: dict[str, list[Any]], step: int) -> float:
         """Waits for all scores of a step; adds up their counts (see `PendingScores.wait`)."""
-        self.counts = dict(NO_COUNTS)
+        self.counts, self.bad_audio = dict(NO_COUNTS), []
         busy_s = 0.0
         for name, refs in counts.items():
             names = self._names(name)
@@ -150,6 +178,7 @@ class TeacherGroup:
                 worked[turn] += part["busy_s"]
             busy_s = max(busy_s, *worked.values())
             totals = {key: sum(part[key] for part in done) for key in NO_COUNTS}
+            self.bad_audio += [one for part in done for one in part["bad_audio"]]
             coverage = totals["aligned"] / max(1, totals["positions"])
             limit = self.router.teachers[name].min_coverage
             if totals["positions"] and coverage < limit:
@@ -163,9 +192,10 @@ class TeacherGroup:
         return self.counts["aligned"] / max(1, self.counts["positions"])
 
     def metrics(self) -> dict[str, float]:
-        """Of `counts`: halved micro-batches, and the share of the responses that did not map id for id."""
+        """Halved micro-batches, utterances that only the teacher could not read, and responses that did not map id for id."""
         return {
             "teacher/halved": self.counts["halved"],
+            "teacher/bad_audio": len(self.bad_audio),
             "align/retokenised_share": self.counts["retokenised"] / max(1, self.counts["responses"]),
         }
 
@@ -211,4 +241,6 @@ class TeacherGroup:
         for pool in self.pools.values():
             for worker in pool:
                 ray.kill(worker)
-        self.pools = {}
+        for group in self._groups.values():
+            remove_placement_group(group)
+        self.pools, self._groups = {}, {}

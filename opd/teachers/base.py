@@ -20,8 +20,11 @@ class Teacher(Protocol):
 
     def score_and_count(
         self, utterances: Batch, rollout: dict[str, torch.Tensor]
-    ) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-        """`score`, and what it says about alignment: written and aligned positions, responses, re-tokenised ones."""
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """`score`, and what it says about alignment: written and aligned positions, responses, re-tokenised ones.
+
+        `bad_audio` lists (utterance id, path, reason) of what the teacher alone could not read.
+        """
         ...
 
     def facts(self) -> dict[str, Any]:

@@ -131,8 +131,8 @@ class CachedTeacher:
         """`TeacherScore` of a `Rollout`, both as dictionaries with the same B and T; kept rows are read, not scored."""
         return self.score_and_count(utterances, rollout)[0]
 
-    def score_and_count(self, utterances: Batch, rollout: Tensors) -> tuple[Tensors, dict[str, int]]:
-        """As the teacher's own; of a kept score, the columns of the student's top-k say nothing (-inf)."""
+    def score_and_count(self, utterances: Batch, rollout: Tensors) -> tuple[Tensors, dict[str, Any]]:
+        """As the teacher's own; of a kept score, the columns of the student's top-k say nothing (-inf). Bad audio is not kept."""
         if not self.keeps_scores:
             return self.teacher.score_and_count(utterances, rollout)
         written = Rollout.from_dict(rollout)
@@ -145,12 +145,18 @@ class CachedTeacher:
         kept = [_read_score(path) for path in paths]
         missing = [row for row, score in enumerate(kept) if score is None]
         self._count(len(paths) - len(missing), len(missing))
+        bad: list[tuple[str, str, str]] = []
         if missing:
             part = {name: tensor[missing] for name, tensor in rollout.items()}
-            scored = self.teacher.score_and_count([utterances[row] for row in missing], part)[0]
+            scored, scored_counts = self.teacher.score_and_count([utterances[row] for row in missing], part)
+            bad = scored_counts["bad_audio"]
+            bad_ids = {utterance_id for utterance_id, _, _ in bad}
             retokenised = self._retokenised([utterances[row] for row in missing], part)
             for index, row in enumerate(missing):
-                kept[row] = _keep_score(paths[row], scored, index, lengths[row], retokenised[index])
+                if utterances[row].id in bad_ids:
+                    lengths[row], kept[row] = 0, (_row_of(scored, index, 0), 0)
+                else:
+                    kept[row] = _keep_score(paths[row], scored, index, lengths[row], retokenised[index])
         found = [score for score in kept if score is not None]
         merged = merge_scores([[row] for row in range(len(found))], [tensors for tensors, _ in found])
         merged = self._widened(merged, written)
@@ -159,6 +165,7 @@ class CachedTeacher:
             "aligned": int(merged["aligned_mask_BT"].sum()),
             "responses": sum(length > 0 for length in lengths),
             "retokenised": sum(retokenised for _, retokenised in found),
+            "bad_audio": bad,
         }
         return merged, counts
 
@@ -198,10 +205,15 @@ def _audio_identity(utterance: Utterance) -> list[Any]:
 
 def _keep_score(path: Path, scored: Tensors, index: int, length: int, retokenised: int) -> tuple[Tensors, int]:
     """Keeps and returns one row of a score, cut to its response and without the columns of the student's top-k."""
-    row = {name: tensor[index : index + 1, :length].contiguous() for name, tensor in scored.items()}
-    row["candidate_logprobs_BTC"] = row["candidate_logprobs_BTC"][:, :, -NUM_EXTRA:].contiguous()
+    row = _row_of(scored, index, length)
     replace_file(path, lambda temp: save_file(row, temp, metadata={"retokenised": str(retokenised)}))
     return row, retokenised
+
+
+def _row_of(scored: Tensors, index: int, length: int) -> Tensors:
+    """One row of a score in the form that is kept."""
+    row = {name: tensor[index : index + 1, :length].contiguous() for name, tensor in scored.items()}
+    return row | {"candidate_logprobs_BTC": row["candidate_logprobs_BTC"][:, :, -NUM_EXTRA:].contiguous()}
 
 
 def _read_score(path: Path) -> tuple[Tensors, int] | None:

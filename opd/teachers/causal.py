@@ -8,12 +8,15 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from data.audio import BadAudio
 from data.collate import Collator
+from data.timed import within
 from opd.arkasr import ArkasrConfig, load_processor
 from opd.arkasr.loading import named_by
 from opd.cpu_linear import use_faster_linears
@@ -44,7 +47,7 @@ class CausalTeacher(ABC):
         self.tokenizer = self.processor.tokenizer
         self.output = OutputLayer(self.model)
         self.taken = set(inspect.signature(self.model.forward).parameters)
-        # The policy for bad audio is the student's: what it could not read comes here as an empty row.
+        # What the student could not read comes here as an empty row; `_heard` says what becomes of the rest.
         self.collator = Collator(max_seconds=config["data"]["max_seconds"], on_bad_audio="skip")
 
         with named_by("student.path=", student_path):
@@ -86,7 +89,12 @@ class CausalTeacher(ABC):
 
     def prompts(self, utterances: Batch) -> list[tuple[list[int], Inputs]]:
         """`prompts_of` utterances whose audio is still to be read; what cannot be read is heard as silence."""
-        return self.prompts_of(utterances, self.collator.collate(utterances)[0])
+        return self.prompts_of(utterances, self.read(utterances)[0])
+
+    def read(self, utterances: Batch) -> tuple[list[np.ndarray], list[BadAudio]]:
+        """What the collator reads. Raises ValueError, with the file, where it takes longer than data.read_timeout_s."""
+        limit_s = self.config["data"]["read_timeout_s"]
+        return within(limit_s, lambda: self.collator.collate(utterances), self.collator.reading)
 
     # -- scoring -----------------------------------------------------------------------------------------------------
 
@@ -95,14 +103,19 @@ class CausalTeacher(ABC):
         return self.score_and_count(utterances, rollout)[0]
 
     @torch.no_grad()
-    def score_and_count(self, utterances: Batch, rollout: Inputs) -> tuple[Inputs, dict[str, int]]:
-        """`score`, and counts: positions (written), aligned, responses, retokenised (responses that did not map)."""
-        written = Rollout.from_dict(rollout)
+    def score_and_count(self, utterances: Batch, rollout: Inputs) -> tuple[Inputs, dict[str, Any]]:
+        """`score`, and counts: positions (written), aligned, responses, retokenised (responses that did not map).
+
+        `bad_audio` among them lists (utterance id, path, reason) of what the teacher could not read and the student could:
+        no position of it is aligned or counted. Raises ValueError for the first one with data.on_bad_audio=stop.
+        """
+        waveforms, errors = self.read(utterances)
+        written, bad = self._heard(utterances, Rollout.from_dict(rollout), errors)
         mapped = self.mapper.map_rollout(written)
         aligned_BT = mapped.position_BT >= 0
         candidates_BTC = candidate_ids(written.topk_ids_BTK, written.response_ids_BT, self.student_eos_id)
         dense: Inputs = {"aligned_mask_BT": aligned_BT}
-        for rows, inputs in self.prompts(utterances):
+        for rows, inputs in self.prompts_of(utterances, waveforms):
             in_group_BT = torch.zeros_like(aligned_BT)
             in_group_BT[rows] = aligned_BT[rows]
             states_BLD, to_logits = self._response_states(inputs, mapped, rows)
@@ -115,8 +128,22 @@ class CausalTeacher(ABC):
             "aligned": int(aligned_BT.sum()),
             "responses": int(written.response_mask_BT.any(1).sum()),
             "retokenised": mapped.num_retokenised,
+            "bad_audio": [(error.utterance_id, error.path, error.reason) for error in bad],
         }
         return TeacherScore.from_dict(dense).to_dict(), counts
+
+    def _heard(self, utterances: Batch, written: Rollout, errors: list[BadAudio]) -> tuple[Rollout, list[BadAudio]]:
+        """The rollout without the responses to audio that could not be read here, and the errors that the student did not meet."""
+        known = {u.id for u, is_bad in zip(utterances, written.bad_audio_B.tolist(), strict=True) if is_bad}
+        bad = [error for error in errors if error.utterance_id not in known]
+        if bad and self.config["data"]["on_bad_audio"] == "stop":
+            raise ValueError(
+                f"the teacher {self.section['path']} cannot hear what the student heard: {bad[0]}; the teacher's node needs "
+                "the same files at the same paths; or set data.on_bad_audio=skip to leave such utterances out"
+            )
+        lost = {error.utterance_id for error in bad}
+        heard_B = torch.tensor([utterance.id not in lost for utterance in utterances])
+        return replace(written, response_mask_BT=written.response_mask_BT & heard_B[:, None]), bad
 
     def _response_states(
         self, inputs: Inputs, mapped: MappedRollout, rows: list[int]
@@ -186,7 +213,7 @@ class CausalTeacher(ABC):
     def transcribe(self, utterances: Batch) -> list[TeacherTranscript]:
         """Greedy transcripts, cleaned of control tokens, in order."""
         transcripts: dict[int, TeacherTranscript] = {}
-        waveforms, errors = self.collator.collate(utterances)
+        waveforms, errors = self.read(utterances)
         bad = {error.utterance_id: error.reason for error in errors}
         for rows, inputs in self.prompts_of(utterances, waveforms):
             rollout = decode(

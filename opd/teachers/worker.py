@@ -23,8 +23,8 @@ Tensors = dict[str, torch.Tensor]
 
 
 def halved_once(
-    score: Callable[[Batch, Tensors], tuple[Tensors, dict[str, int]]], utterances: Batch, rollout: Tensors
-) -> tuple[Tensors, dict[str, int]]:
+    score: Callable[[Batch, Tensors], tuple[Tensors, dict[str, Any]]], utterances: Batch, rollout: Tensors
+) -> tuple[Tensors, dict[str, Any]]:
     """What `score` returns, and `halved` among the counts: 0, or 1 where memory did not last for the whole batch and each
     half was scored by itself.
 
@@ -52,7 +52,8 @@ def halved_once(
             "(or train.micro_batch_tokens), or give teacher workers more memory (cluster.gpus_per_teacher, teacher.dtype)"
         ) from error
     merged = merge_scores([list(rows) for rows in halves], [tensors for tensors, _ in parts])
-    totals = {name: sum(counts[name] for _, counts in parts) for name in parts[0][1]}
+    (_, totals), (_, others) = parts
+    totals = {name: value + others[name] for name, value in totals.items()}  # numbers, and the list of bad audio
     return merged, {**totals, "halved": 1}
 
 
@@ -81,7 +82,7 @@ class TeacherWorker:
 
     def score(
         self, utterances: Batch, rollout: Tensors, rows: list[int] | None = None
-    ) -> tuple[Tensors, dict[str, float]]:
+    ) -> tuple[Tensors, dict[str, Any]]:
         """The score, which goes on to the student, and a few counts and the seconds it took, which go to the driver.
 
         rows are those of the rollout that the utterances are; None for all.

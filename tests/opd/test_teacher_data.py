@@ -42,6 +42,12 @@ def test_each_filter_by_itself(change: dict, reason: str | None, tmp_path: Path)
     assert data.reason(utterance("a", "one two"), dataclasses.replace(GOOD, **change)) == reason
 
 
+def test_a_length_that_blocks_is_named(tmp_path: Path, pipe: Path) -> None:
+    data = TeacherData(tmp_path, TdConfig(), lambda _: "teacher", read_timeout_s=0.5)
+    with pytest.raises(ValueError, match=r"data\.read_timeout_s=0\.5 s: a \(.*pipe\.wav\)"):
+        data.reason(Utterance("a", str(pipe)), GOOD)
+
+
 def test_an_interrupted_stage_goes_on_and_ends_in_an_ordinary_manifest(tmp_path: Path) -> None:
     utterances = [utterance(name, text) for name, text in (("a", "one to"), ("b", None), ("c", None), ("d", None))]
     written = {

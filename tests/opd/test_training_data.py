@@ -89,6 +89,12 @@ def test_lengths_that_a_large_manifest_lacks_are_read_from_the_files(tmp_path: P
     assert [u.id for u in data.feed.next_batch(6)] == ["2.wav", "5.wav", "4.wav", "3.wav", "1.wav", "0.wav"]
 
 
+def test_a_length_that_blocks_is_named(tmp_path: Path, pipe: Path) -> None:
+    (tmp_path / "set.jsonl").write_text(json.dumps({"audio": pipe.name}) + "\n")
+    with pytest.raises(ValueError, match=r"data\.read_timeout_s=0\.5 s: .*pipe\.wav"):
+        TrainingData(config(tmp_path / "set.jsonl", "data.sorted_epochs=1", "data.read_timeout_s=0.5"))
+
+
 def test_languages_are_checked_without_reading_all_lines(
     tmp_path: Path, always_indexed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -49,6 +50,32 @@ class Dying:
         time.sleep(1)
         os._exit(1)
 
+    def pid(self):
+        return os.getpid()
+
+    def write(self):
+        return [ray.put(bytes(2_000_000))]
+
+@ray.remote(num_cpus=0)
+class Reader:
+    def read(self, rollout):
+        return len(rollout)
+
+    def read_inside(self, rollouts):
+        return ray.get(rollouts, timeout=2)
+
+def read_of_the_dead():
+    # A teacher scores what a rank wrote that is killed then.
+    rank, teacher = Dying.remote(), Reader.remote()
+    (rollout,), pid = ray.get([rank.write.remote(), rank.pid.remote()])
+    assert ray.get(teacher.read.remote(rollout)) == 2_000_000
+    os.kill(pid, 9)
+    time.sleep(1)
+    wait([teacher.read.remote(rollout)], "the teacher's scores of step 3", 60, ["teacher worker 0"])
+
+def wait_for_an_object():
+    wait([Reader.remote().read_inside.remote([sleep.remote()])], "the update of step 3", 60, ["rank 0"])
+
 def refuse():
     raise ValueError("nothing to mend")
 
@@ -59,6 +86,8 @@ for call in (
     lambda: wait([cut_off.remote(), Dying.remote().die.remote()], "the update of step 3", 60, ["rank 0", "rank 1"]),
     lambda: wait([cut_off.remote(), sleep.remote()], "the update of step 3", 60, ["rank 0", "rank 1"]),
     lambda: wait(ray.remote(num_cpus=0)(refuse).remote(), "the teacher to load", 60),
+    read_of_the_dead,
+    wait_for_an_object,
 ):
     try:
         call()
@@ -73,8 +102,8 @@ def test_placement_calls_and_dead_workers(cluster: dict[str, str]) -> None:
     )
     assert result.returncode == 0, result.stderr[-3000:]
     said = [line.removeprefix("ERROR ") for line in result.stdout.splitlines() if line.startswith("ERROR ")]
-    assert len(said) == 6, result.stdout
-    placement, call, dead, collective, silent, mendable = said
+    assert len(said) == 8, result.stdout
+    placement, call, dead, collective, silent, mendable, lost, late = said
     assert placement.startswith(
         "TimeoutError waited 1 s for Ray to place 2 student ranks ({'CPU': 5} each); free now: "
     )
@@ -87,6 +116,9 @@ def test_placement_calls_and_dead_workers(cluster: dict[str, str]) -> None:
     assert collective == "WorkerDied rank 1 died during the update of step 3", "the other's error is only what followed"
     assert silent == "WorkerHung rank 1 hung during the update of step 3 (RuntimeError: timed out)"
     assert mendable == "ValueError nothing to mend"
+    told = "WorkerDied a worker that held what others need was lost during "
+    assert re.match(rf"{told}the teacher's scores of step 3: (OwnerDied|ObjectLost)Error: ", lost)
+    assert late.startswith(f"{told}the update of step 3: GetTimeoutError: ")
 
 
 def wait_for_the_other_rank(given_up: Path, group: dist.ProcessGroup | None = None) -> float:

@@ -41,7 +41,7 @@ def make_config(glm_dir: Path) -> Callable[..., dict[str, Any]]:
         return {
             "teacher": section | teacher,
             "cluster": {"use_gpu": False, "threads_per_teacher": 1},
-            "data": {"max_seconds": 30.0},
+            "data": {"max_seconds": 30.0, "on_bad_audio": "stop", "read_timeout_s": 120.0},
             "rollout": {"max_new_tokens": 12, "max_repeats": 8, "source": "student"},
             "loss": {"kind": "forward_kl", "top_k": 8, "temperature": 1.0, "support": "union"} | (loss or {}),
         }

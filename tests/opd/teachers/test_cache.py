@@ -153,6 +153,27 @@ def test_a_student_with_other_ids_gets_scores_of_its_own(
     assert again.hits == len(utterances), "transcripts are those of any student"
 
 
+def test_a_score_without_audio_is_not_kept(make_config: Callable, utterances: Batch, tmp_path: Path) -> None:
+    config = make_config("arkasr", cache_dir=str(tmp_path / "kept"), loss={"support": "teacher"})
+    config["rollout"]["source"], config["data"]["on_bad_audio"] = "manifest", "skip"
+    kept = make_teacher(config, str(STUDENT))
+    batch = [utterances[0], dataclasses.replace(utterances[1], audio=str(tmp_path / "missing.wav"))]
+    ids_BT = torch.tensor([[5, 6], [7, 8]])
+    rollout = Rollout(
+        ids_BT, torch.ones(2, 2, dtype=torch.bool), torch.zeros(2, 2, 8, dtype=torch.int64), torch.zeros(2, 2),
+        torch.zeros(2, dtype=torch.bool), torch.full((2,), 2), torch.zeros(2, dtype=torch.bool),
+    ).to_dict()  # fmt: skip
+    for misses in (2, 3):
+        score, counts = kept.score_and_count(batch, rollout)
+        assert [entry[0] for entry in counts["bad_audio"]] == [utterances[1].id]
+        assert (counts["positions"], counts["responses"]) == (2, 1)
+        assert score["aligned_mask_BT"].tolist() == [[True, True], [False, False]]
+        assert kept.misses == misses, "the other one was kept"
+    both, counts = kept.score_and_count(batch[1:], {name: value[1:] for name, value in rollout.items()})
+    assert not both["aligned_mask_BT"].any()
+    assert counts["positions"] == 0
+
+
 def test_under_the_union_nothing_is_kept(make_config: Callable, tmp_path: Path) -> None:
     config = make_config("arkasr", cache_dir=str(tmp_path))
     config["rollout"]["source"] = "manifest"

@@ -58,7 +58,7 @@ def test_a_score_equals_a_direct_forward(
         finished_B=torch.tensor([True, False]), loop_start_B=torch.full((2,), 5), bad_audio_B=torch.zeros(2).bool(),
     )  # fmt: skip
     score, counts = teacher.score_and_count(utterances, rollout.to_dict())
-    assert counts == {"positions": 9, "aligned": 9, "responses": 2, "retokenised": 0}
+    assert counts == {"positions": 9, "aligned": 9, "responses": 2, "retokenised": 0, "bad_audio": []}
     for row, ids in enumerate(rows):
         mapped = teacher.token_map.student_to_teacher[ids]
         assert [teacher.tokenizer.decode([i]) for i in mapped.tolist()[:3]] == list("one" if row == 0 else "six")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,13 @@ def test_every_mapped_id_has_the_log_probability_of_a_direct_forward(
     rollout = make_rollout(student, rows)
     score, counts = teacher.score_and_count(utterances, rollout.to_dict())
     written = sum(len(row) for row in rows)
-    assert counts == {"positions": written, "aligned": written, "responses": len(rows), "retokenised": 0}
+    assert counts == {
+        "positions": written,
+        "aligned": written,
+        "responses": len(rows),
+        "retokenised": 0,
+        "bad_audio": [],
+    }
     assert torch.equal(score["aligned_mask_BT"], rollout.response_mask_BT)
     control = {*student.all_special_ids, student.convert_tokens_to_ids("<|audio|>")} - {student.eos_token_id}
     ordinary = sorted(set(student.get_vocab().values()) - control)
@@ -204,7 +211,43 @@ def test_an_unreadable_clip_and_an_empty_batch_row_score_nothing(
     rollout = make_rollout(student, [[], [student.eos_token_id]])
     score, counts = teacher.score_and_count(utterances[:2], rollout.to_dict())
     assert score["aligned_mask_BT"].tolist() == [[False], [True]]
-    assert counts == {"positions": 1, "aligned": 1, "responses": 1, "retokenised": 0}
+    assert counts == {"positions": 1, "aligned": 1, "responses": 1, "retokenised": 0, "bad_audio": []}
+
+
+def test_audio_that_only_the_teacher_lacks_is_no_silence(
+    make_config: Callable, student: Any, utterances: Batch, tmp_path: Path
+) -> None:
+    """It stops the run, or is masked and told; what the student lacked too is no error."""
+    eos_id = student.eos_token_id
+    lost = [replace(utterances[row], audio=str(tmp_path / f"{row}.wav")) for row in (0, 2)]
+    batch = [lost[0], utterances[1], lost[1]]
+    rollout = make_rollout(student, [[5, 6, eos_id], [5, eos_id], []])
+    config = make_config("arkasr")
+    stopping = make_teacher(config, str(STUDENT))
+    with pytest.raises(ValueError) as raised:
+        stopping.score(batch, rollout.to_dict())
+    for part in (str(config["teacher"]["path"]), utterances[0].id, lost[0].audio, "No such file", "on_bad_audio=skip"):
+        assert part in str(raised.value)
+    alone, _ = stopping.score_and_count(batch[1:], {name: value[1:] for name, value in rollout.to_dict().items()})
+
+    skipping = make_teacher(config | {"data": config["data"] | {"on_bad_audio": "skip"}}, str(STUDENT))
+    score, counts = skipping.score_and_count(batch, rollout.to_dict())
+    assert [entry[:2] for entry in counts["bad_audio"]] == [(utterances[0].id, lost[0].audio)]
+    assert score["aligned_mask_BT"].tolist() == [[False] * 3, [True, True, False], [False] * 3]
+    assert (counts["positions"], counts["aligned"], counts["responses"]) == (2, 2, 1)
+    torch.testing.assert_close(score["entropy_BT"][1:, :2], alone["entropy_BT"][:, :2], rtol=0, atol=1e-4)
+
+
+def test_audio_that_blocks_the_teacher_is_named(
+    make_config: Callable, student: Any, utterances: Batch, pipe: Path
+) -> None:
+    config = make_config("arkasr")
+    teacher = make_teacher(config | {"data": config["data"] | {"read_timeout_s": 0.5}}, str(STUDENT))
+    batch = [utterances[0], replace(utterances[1], audio=str(pipe))]
+    rollout = make_rollout(student, [[student.eos_token_id]] * 2).to_dict()
+    for call in (lambda: teacher.transcribe(batch), lambda: teacher.score(batch, rollout)):
+        with pytest.raises(ValueError, match=rf"read_timeout_s=0\.5 s: {re.escape(utterances[1].id)} \(.*pipe\.wav\)"):
+            call()
 
 
 @pytest.mark.parametrize("kind", ["hf", pytest.param("qwen3_asr", marks=pytest.mark.teacher_env)])
