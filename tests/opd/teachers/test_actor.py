@@ -59,7 +59,8 @@ print("FREE", free() == began)
 
 def test_room_and_bad_audio(cluster: dict[str, str], speech: dict[str, Path]) -> None:
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(speech["eval"]), str(STUDENT), str(ARKASR)], env=cluster, cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, "-c", PROGRAM, str(speech["eval"]), str(STUDENT), str(ARKASR)],
+        env=cluster, cwd=ROOT, capture_output=True, text=True,
         timeout=200, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
