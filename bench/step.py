@@ -30,12 +30,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from bench.command import Parser, command, count, positive, report_missed
 from bench.plain_step import PlainSide
 from bench.tables import Row, print_rows, write_json
-from data.audio import load_audio
+from data.audio import BadAudio, load_audio
 from data.buckets import spread_by_length
 from data.manifest import read_manifest
 from data.sampler import EpochSampler
@@ -67,7 +68,10 @@ class HeardTeacher(ArkasrTeacher):
     heard: Inputs
     rows: dict[str, int]
 
-    def prompts(self, utterances: Batch) -> list[tuple[list[int], Inputs]]:
+    def read(self, utterances: Batch) -> tuple[list[np.ndarray], list[BadAudio]]:
+        return [], []
+
+    def prompts_of(self, utterances: Batch, waveforms: list[np.ndarray]) -> list[tuple[list[int], Inputs]]:
         """Without the padding that other utterances of the batch need, as if the audio had been read for these alone."""
         index = torch.tensor([self.rows[u.id] for u in utterances])
         part = {name: tensor[index] for name, tensor in self.heard.items()}

@@ -34,7 +34,7 @@ from bench.command import Parser, command, positive, report_missed
 from bench.loss import peak_bytes, reset_peak
 from bench.plain_step import logprobs, token_tables
 from bench.tables import Row, print_rows, write_json
-from data.audio import load_audio
+from data.audio import BadAudio, load_audio
 from data.manifest import read_manifest
 from data.synthetic import ensure_digits
 from opd.arkasr import blocked_token_ids, load_model, load_processor
@@ -70,7 +70,12 @@ class HeardTeacher(ArkasrTeacher):
 
     heard: dict[str, torch.Tensor]
 
-    def prompts(self, utterances: list[Utterance]) -> list[tuple[list[int], dict[str, torch.Tensor]]]:
+    def read(self, utterances: list[Utterance]) -> tuple[list[np.ndarray], list[BadAudio]]:
+        return [], []
+
+    def prompts_of(
+        self, utterances: list[Utterance], waveforms: list
+    ) -> list[tuple[list[int], dict[str, torch.Tensor]]]:
         return [(list(range(len(utterances))), self.heard)]
 
 

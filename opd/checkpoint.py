@@ -222,8 +222,10 @@ class RunDir:
             raise ValueError(f"{path}: checkpoint {step} cannot be loaded: {problem}")
         return json.loads((path / LOOP_STATE).read_text(encoding="utf-8"))
 
-    def truncate_metrics(self, step: int | None) -> None:
+    def truncate_metrics(self, step: int | None, unevaluated: bool = False) -> None:
         """Drops the lines of metrics.jsonl beyond `step`; all lines for 0 or None (nothing to resume).
+
+        unevaluated  the step is evaluated again: lines of its evaluations go too
 
         After it a resumed run's file continues like an unbroken run's. Broken lines (a crash in mid-write) go too.
         Call it before the file is opened for writing.
@@ -233,6 +235,8 @@ class RunDir:
         lines = self.metrics_path.read_text(encoding="utf-8", errors="replace").split("\n")
         # A fresh start evaluates before its first step again, so step 0 is not kept for it.
         kept = [line for line in lines if step and (at := _line_step(line)) is not None and at <= step]
+        if unevaluated:
+            kept = [line for line in kept if _line_step(line) != step or '"eval/' not in line]
         self._write("metrics.jsonl", "".join(line + "\n" for line in kept))
 
     def write_summary(self, summary: dict[str, Any]) -> None:

@@ -65,7 +65,7 @@ class Run:
             self.data.feed.load_state_dict(self.state["sampler"])
             self._say_batch_size()
         self.batch_log = BatchLog(run_dir.path / "batches.jsonl", self.step, config.data.log_batches)
-        run_dir.truncate_metrics(self.step)
+        run_dir.truncate_metrics(self.step, unevaluated=self.state.get("unevaluated") == self.step)
         self.bad_audio = BadAudioList(run_dir.bad_audio_path, self.state, config.data.max_bad_share)
         self.bad_audio.truncate(self.step)
         self.log = MetricsLog(

@@ -15,7 +15,8 @@ def test_a_case_is_measured(
 ) -> None:
     """With a small model, of whose figures nothing but their form is asked for."""
     assert list(memory.CASES) == [
-        "plain", "activation_checkpointing", "lora", "frozen_encoder", "frozen_decoder", "one_micro_batch"
+        "plain", "activation_checkpointing", "lora", "frozen_encoder", "frozen_decoder", "one_micro_batch",
+        "one_micro_batch_checkpointed",
     ]  # fmt: skip
     for name, value in (("MALLOC_MMAP_THRESHOLD_", "65536"), ("OMP_NUM_THREADS", "1")):
         monkeypatch.setenv(name, value)  # main sets them too; this takes them back

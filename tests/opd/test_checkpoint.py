@@ -321,6 +321,13 @@ def test_truncate_metrics(run: RunDir) -> None:
     assert run.metrics_path.read_text() == whole
     run.truncate_metrics(2)
     assert run.metrics_path.read_text() == "".join(json.dumps(line) + "\n" for line in lines[:3])
+    evaluated = json.dumps({"step": 2, "eval/wer/a": 0.4}) + "\n"
+    with open(run.metrics_path, "a") as file:
+        file.write(evaluated)
+    run.truncate_metrics(2)
+    assert run.metrics_path.read_text().endswith(evaluated)
+    run.truncate_metrics(2, unevaluated=True)
+    assert run.metrics_path.read_text() == "".join(json.dumps(line) + "\n" for line in lines[:3])
     run.truncate_metrics(0)
     assert run.metrics_path.read_text() == ""
     run.metrics_path.unlink()

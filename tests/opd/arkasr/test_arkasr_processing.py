@@ -222,7 +222,7 @@ def test_unreadable_file_is_refused(tmp_path):
         read_audio(path, 16000)
     with wave.open(str(path), "wb") as file:
         file.setparams((1, 2, 16000, 0, "NONE", ""))
-    with pytest.raises(ValueError, match=r"has 0\.000 s"):
+    with pytest.raises(ValueError, match=r"a\.wav: is empty: remove it"):
         read_audio(path, 16000)
 
 
